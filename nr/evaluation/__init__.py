@@ -1,0 +1,1 @@
+"""Perplexity, sparse-autoencoder metrics, steering, counted FLOPs, reports, plots."""

@@ -1,0 +1,1 @@
+"""Token-level generation: cached decoding, sampling, interventions."""

@@ -1,0 +1,1 @@
+"""Other people's checkpoints, read and written by name maps a reader can check."""

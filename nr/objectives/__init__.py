@@ -1,0 +1,1 @@
+"""Pure losses and training targets, each written from its paper's equation."""

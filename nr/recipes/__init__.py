@@ -1,0 +1,1 @@
+"""One module a paper: the list of stages that takes it from input to report."""

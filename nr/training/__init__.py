@@ -1,0 +1,1 @@
+"""One way to train: state, step, loop, optimizers, sharding, checkpoints, metrics."""

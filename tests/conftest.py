@@ -1,0 +1,24 @@
+"""Eight simulated CPU devices for every test, and the fixtures that find real data."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+# Grain reads absl flags when it starts worker processes.
+flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def nr_data() -> pathlib.Path:
+  """The folder of real data and small real models that NR_DATA names."""
+  root = os.environ.get("NR_DATA")
+  if not root or not pathlib.Path(root).is_dir():
+    pytest.skip("needs real data: set NR_DATA to the folder that holds it")
+  return pathlib.Path(root)

@@ -1,0 +1,86 @@
+"""Loss, perplexity and bits per byte of a language model, document by document."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from nr.evaluation.statistics import Interval, bootstrap_ratio
+
+
+class DocumentScores(NamedTuple):
+  """Negative log-likelihood of each document of a split.
+
+  Attributes:
+    nll: [documents] float64, nats summed over the scored tokens.
+    tokens: [documents] number of scored tokens, end-of-text included.
+    bytes: [documents] UTF-8 bytes of the text.
+  """
+
+  nll: np.ndarray
+  tokens: np.ndarray
+  bytes: np.ndarray
+
+  def loss(self) -> float:
+    """Nats a token."""
+    return float(self.nll.sum() / self.tokens.sum())
+
+  def perplexity(self) -> float:
+    """exp of the loss: depends on the tokenizer, unlike bits per byte."""
+    return math.exp(self.loss())
+
+  def bits_per_byte(self) -> float:
+    """Bits a UTF-8 byte of text, comparable between tokenizers."""
+    return float(self.nll.sum() / math.log(2) / self.bytes.sum())
+
+  def loss_interval(self, seed: int) -> Interval:
+    """Loss with its 95 % document-bootstrap interval, nats a token."""
+    return bootstrap_ratio(self.nll, self.tokens, seed=seed)
+
+
+def score_documents(
+  token_nll: Callable[[Mapping[str, Any]], Any],
+  batches: Iterable[Mapping[str, np.ndarray]],
+  document_bytes: np.ndarray,
+  *,
+  total: int | None = None,
+  description: str = "scoring",
+) -> DocumentScores:
+  """Adds up negative log-likelihoods by document.
+
+  Args:
+    token_nll: batch -> [B, L] float32 nats of each target.
+    batches: dictionaries with `weights` [B, L] (0 = not scored) and `documents`
+      [B, L], the index of the document that each target belongs to.
+    document_bytes: [documents] UTF-8 bytes of each document.
+    total: number of batches, for the progress bar.
+    description: its title.
+
+  Returns:
+    Scores of every document; zero tokens where nothing was scored.
+  """
+  count = len(document_bytes)
+  nll, tokens = np.zeros(count), np.zeros(count)
+  for batch in tqdm(batches, total=total, desc=description, unit="batch", leave=False):
+    scored = np.asarray(batch["weights"]) > 0
+    values = np.asarray(token_nll(batch), np.float64)[scored]
+    documents = np.asarray(batch["documents"])[scored]
+    nll += np.bincount(documents, values, minlength=count)
+    tokens += np.bincount(documents, minlength=count)
+  return DocumentScores(nll, tokens, np.asarray(document_bytes, np.int64))
+
+
+def loss_difference_interval(first: DocumentScores, second: DocumentScores, seed: int) -> Interval:
+  """Interval of loss(first) - loss(second) on the same documents, nats a token.
+
+  Pairing by document removes the variance between documents, which is far
+  larger than the difference between two models.
+
+  Raises:
+    ValueError: the two did not score the same tokens.
+  """
+  if not np.array_equal(first.tokens, second.tokens):
+    raise ValueError("loss_difference_interval: the two models were scored on different tokens")
+  return bootstrap_ratio(first.nll - second.nll, first.tokens, seed=seed)

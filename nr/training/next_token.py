@@ -1,0 +1,55 @@
+"""Next-token prediction: the method of every plain language model in the house."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from nr.models import parameters
+from nr.models.transformer import Transformer, TransformerSpec
+from nr.objectives.language_modeling import next_token_loss
+from nr.objectives.weighted import LossOutput
+from nr.training.method import Method
+
+
+def next_token_method(
+  spec: TransformerSpec, *, name: str = "next_token", loss_chunk: int | None = None
+) -> Method:
+  """Returns the method that trains a transformer on the next token.
+
+  Args:
+    spec: the model.
+    name: used in logs and errors.
+    loss_chunk: tokens whose logits are held at a time; None holds all of them.
+
+  Returns:
+    A `Method` whose batches hold `tokens`, `targets` and `weights` [B, L] and,
+    where attention stays within documents, `segment_ids` and `positions`.
+    Weight decay covers every parameter, as in GPT-2 and CoCoMix's code.
+  """
+
+  def build(key: jax.Array) -> Transformer:
+    return Transformer(spec, rngs=nnx.Rngs(params=key))
+
+  graphdef = parameters.split(nnx.eval_shape(lambda: build(jax.random.key(0))))[0]
+
+  def loss(params: Any, frozen: Any, extra: Any, batch: Any, key: jax.Array) -> LossOutput:
+    del frozen, extra
+    model = parameters.merge(graphdef, params)
+    hidden_BLD = model.hidden(
+      batch["tokens"],
+      segment_ids_BL=batch.get("segment_ids"),
+      positions_BL=batch.get("positions"),
+      key=key if spec.dropout else None,
+    )
+    total = next_token_loss(
+      hidden_BLD, model.unembedding_VD, batch["targets"], batch["weights"], chunk_size=loss_chunk
+    )
+    return LossOutput(total, {"next_token_loss": total})
+
+  return Method(
+    name=name,
+    init=lambda key: parameters.split(build(key))[1],
+    loss=loss,
+    axes=parameters.logical_axes(lambda: build(jax.random.key(0))),
+  )

@@ -1,0 +1,160 @@
+"""The tokenizer and chat template inside a GGUF file (needs the extras [hub] and [text]).
+
+Only byte-level BPE (`tokenizer.ggml.model` = "gpt2") is read, through the
+`tokenizers` package. Chat templates are programs by strangers: they run in
+jinja2's immutable sandbox.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from nr.interchange.gguf import GgufFile
+
+# Token types of GGUF (gguf.TokenType).
+_CONTROL, _USER_DEFINED = 3, 4
+
+# How the text is cut before merging, by tokenizer.ggml.pre; from llama.cpp's src/llama-vocab.cpp.
+# None: the regular expression of GPT-2, which `tokenizers` has built in.
+_GPT2_SPLIT = None
+_LLAMA3_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+# name -> (each digit alone, split)
+PRE_TOKENIZERS = {
+  "default": (False, _GPT2_SPLIT),
+  "gpt-2": (False, _GPT2_SPLIT),
+  "smollm": (True, _GPT2_SPLIT),
+  "llama-bpe": (False, _LLAMA3_SPLIT),
+  "qwen2": (False, _QWEN2_SPLIT),
+}
+
+
+class GgufTokenizer:
+  """Byte-level BPE tokenizer made from GGUF metadata, with its chat template.
+
+  Attributes:
+    vocab_size: number of tokens.
+    begin_of_text_id, end_of_text_id: ids, or None where the file names none.
+    chat_template: jinja2 source, or None.
+    fingerprint: sha256 of the tokenizer's JSON text, hex.
+  """
+
+  def __init__(self, path: str | pathlib.Path | GgufFile):
+    """Reads the metadata.
+
+    Raises:
+      ImportError: `tokenizers` or `gguf` is not installed.
+      ValueError: another kind of tokenizer, or an unknown pre-tokenizer.
+    """
+    file = path if isinstance(path, GgufFile) else GgufFile(path)
+    self._tokens: list[str] = file.require("tokenizer.ggml.tokens")
+    self._tokenizer = _build(file, self._tokens)
+    self.vocab_size = len(self._tokens)
+    self.begin_of_text_id: int | None = file.get("tokenizer.ggml.bos_token_id")
+    self.end_of_text_id: int | None = file.get("tokenizer.ggml.eos_token_id")
+    self.adds_begin_of_text: bool = bool(file.get("tokenizer.ggml.add_bos_token", False))
+    self.chat_template: str | None = file.get("tokenizer.chat_template")
+    self.fingerprint = hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text; special tokens written in it become their ids."""
+    ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+    return [self.begin_of_text_id, *ids] if self.adds_begin_of_text else ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of ids, special tokens included."""
+    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+  def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True, **variables) -> str:
+    """Writes a conversation as the text the model was trained on.
+
+    Args:
+      messages: dictionaries with "role" ("system", "user", "assistant") and "content".
+      add_generation_prompt: whether to open the assistant's turn at the end.
+      **variables: further variables that the template knows (tools, dates).
+
+    Raises:
+      ValueError: the file has no template, or the template refuses the messages.
+    """
+    if self.chat_template is None:
+      raise ValueError("the GGUF file carries no chat template (tokenizer.chat_template)")
+    return render_chat(
+      self.chat_template,
+      messages,
+      add_generation_prompt=add_generation_prompt,
+      bos_token=self._token(self.begin_of_text_id),
+      eos_token=self._token(self.end_of_text_id),
+      **variables,
+    )
+
+  def save(self, path: str | pathlib.Path) -> None:
+    """Writes `tokenizer.json`, the format of the `tokenizers` package."""
+    path = pathlib.Path(path)
+    self._tokenizer.save(str(path / "tokenizer.json" if path.is_dir() else path))
+
+  def _token(self, index: int | None) -> str:
+    return "" if index is None else self._tokens[index]
+
+
+def render_chat(template: str, messages: Sequence[dict[str, str]], **variables: Any) -> str:
+  """Runs a chat template in jinja2's immutable sandbox, as `transformers` does.
+
+  Raises:
+    ImportError: jinja2 is not installed.
+    ValueError: the template raised, is malformed, or tried what the sandbox forbids.
+  """
+  try:
+    import jinja2
+    import jinja2.sandbox
+  except ImportError as error:
+    raise ImportError("chat templates need jinja2: pip install nr[text]") from error
+
+  def raise_exception(message: str):
+    raise jinja2.exceptions.TemplateError(message)
+
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+  environment.globals["raise_exception"] = raise_exception
+  environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+  try:
+    return environment.from_string(template).render(messages=list(messages), **variables)
+  except jinja2.exceptions.TemplateError as error:
+    raise ValueError(f"the chat template refused the messages: {error}") from error
+
+
+def _build(file: GgufFile, tokens: list[str]) -> Any:
+  """Returns a `tokenizers.Tokenizer` made from the metadata."""
+  try:
+    import tokenizers
+    from tokenizers import decoders, models
+  except ImportError as error:
+    raise ImportError("the tokenizer in a GGUF file needs `tokenizers`: pip install nr[text]") from error
+  kind = file.require("tokenizer.ggml.model")
+  if kind != "gpt2":
+    raise ValueError(f"{file.path}: tokenizer.ggml.model {kind!r} is not read, only 'gpt2' (byte-level BPE)")
+  merges = [tuple(merge.split(" ")) for merge in file.require("tokenizer.ggml.merges")]
+  tokenizer = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+  tokenizer.pre_tokenizer = _pre_tokenizer(file.get("tokenizer.ggml.pre", "default"), file.path)
+  tokenizer.decoder = decoders.ByteLevel()
+  types = file.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+  for token, kind in zip(tokens, types, strict=True):
+    if kind in (_CONTROL, _USER_DEFINED):
+      added = tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
+      (tokenizer.add_special_tokens if kind == _CONTROL else tokenizer.add_tokens)([added])
+  return tokenizer
+
+
+def _pre_tokenizer(name: str, path: pathlib.Path) -> Any:
+  from tokenizers import Regex
+  from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+  if name not in PRE_TOKENIZERS:
+    raise ValueError(f"{path}: tokenizer.ggml.pre {name!r} is not known; known are {', '.join(PRE_TOKENIZERS)}")
+  digits_alone, split = PRE_TOKENIZERS[name]
+  steps = [Digits(individual_digits=True)] if digits_alone else []
+  if split is not None:
+    steps.append(Split(Regex(split), behavior="isolated"))
+  return Sequence([*steps, ByteLevel(add_prefix_space=False, use_regex=split is None)])

@@ -1,0 +1,196 @@
+"""Hugging Face checkpoints of the GPT-2, Llama, Qwen and Gemma families, both directions.
+
+A checkpoint is a folder of `config.json` and safetensors, in one file or in
+shards with an index. Pickled weights (`pytorch_model.bin`) are never opened.
+Needs the `safetensors` package (extra [hub]), neither torch nor transformers.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from nr.interchange import families, names
+from nr.models import parameters
+from nr.models.transformer import Transformer, TransformerSpec
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def load_huggingface(folder: str | pathlib.Path, **settings) -> tuple[TransformerSpec, dict]:
+  """Reads a checkpoint that `transformers` (or `save_huggingface`) wrote.
+
+  Args:
+    folder: holds `config.json` and `model.safetensors`, or shards and their
+      `model.safetensors.index.json`.
+    **settings: fields of TransformerSpec to set otherwise than the config says
+      (`layers`, `dtype`, `param_dtype`, `dropout`, ...). Dropout is 0 unless
+      given: it belongs to a training run, not to a model.
+
+  Returns:
+    (spec, parameters): nested dictionary of NumPy arrays of `param_dtype` on
+    the host, layers stacked.
+
+  Raises:
+    ImportError: `safetensors` is not installed.
+    FileNotFoundError: a file is missing.
+    ValueError: a model type or setting that is not supported, or tensors that
+      are missing, unknown or of a wrong shape; the message names them.
+  """
+  folder = pathlib.Path(folder)
+  config = _read_json(folder / "config.json")
+  family = families.family_of_config(config)
+  try:
+    spec = family.to_spec(config)
+  except KeyError as error:
+    raise ValueError(f"{folder / 'config.json'}: field {error} is missing") from error
+  spec = dataclasses.replace(spec, **settings)
+  table = family.table(spec)
+  tensors = _Tensors(folder, family)
+  if spec.tied_head:
+    tensors.drop_tied_head(table)
+  params = names.to_ours(table, tensors, spec, spec.param_dtype)
+  names.check_shapes(params, _expected(spec), str(folder))
+  return spec, params
+
+
+def save_huggingface(folder: str | pathlib.Path, spec: TransformerSpec, params: Mapping[str, Any]) -> None:
+  """Writes `config.json` and `model.safetensors`, which `transformers` loads.
+
+  Args:
+    folder: made if absent; the two files are replaced.
+    spec: the model's settings; the family is found from them.
+    params: the parameter tree, layers stacked or one entry a layer.
+
+  Raises:
+    ImportError: `safetensors` is not installed.
+    ValueError: no family computes what the spec does, or the parameters are
+      not the spec's.
+  """
+  safetensors_numpy = _safetensors().numpy
+  family = families.family_of_spec(spec)
+  params = parameters.stack_layers(params)
+  names.check_shapes(params, _expected(spec), "the parameters")
+  tensors = names.to_theirs(family.table(spec), params, spec)
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  # transformers refuses files whose metadata do not say "pt": its names and layouts, not torch's pickles.
+  safetensors_numpy.save_file(tensors, folder / _SINGLE, metadata={"format": "pt"})
+  config = {
+    "architectures": [family.architecture],
+    **family.to_config(spec),
+    "model_type": family.model_type,
+    "dtype": str(next(iter(tensors.values())).dtype),
+    "bos_token_id": None,
+    "eos_token_id": None,
+  }
+  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+class _Tensors(Mapping):
+  """The tensors of a folder under the family's full names, read when asked for."""
+
+  def __init__(self, folder: pathlib.Path, family: families.Family):
+    self._open = _safetensors().safe_open
+    self._places: dict[str, tuple[pathlib.Path, str]] = {}
+    self._handles: dict[pathlib.Path, Any] = {}
+    self._family = family
+    for path in _files(folder):
+      for stored in self._handle(path).keys():
+        name = self._full_name(stored)
+        if name in self._places:
+          raise ValueError(f"{path}: tensor {stored} is stored twice in {folder}")
+        if not re.fullmatch(family.ignored, name):
+          self._places[name] = (path, stored)
+
+  def drop_tied_head(self, table: names.Table) -> None:
+    """Forgets a stored copy of the token embedding; ValueError when it is no copy."""
+    head = families.HEAD.theirs
+    if head not in self._places:
+      return
+    embedding = next(row.theirs for row in table if row.ours == "token_embedding")
+    if embedding in self._places and not np.array_equal(self[head], self[embedding]):
+      raise ValueError(
+        f"{head} differs from {embedding}, yet config.json says tie_word_embeddings; "
+        "set it to false there, or pass tied_head=False"
+      )
+    del self._places[head]
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    path, stored = self._places[name]
+    return self._handle(path).get_tensor(stored)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._places)
+
+  def __len__(self) -> int:
+    return len(self._places)
+
+  def _full_name(self, stored: str) -> str:
+    """Base models are saved without the prefix."""
+    prefix = self._family.prefix
+    return stored if stored.startswith((prefix, families.HEAD.theirs)) else prefix + stored
+
+  def _handle(self, path: pathlib.Path) -> Any:
+    if path not in self._handles:
+      try:
+        self._handles[path] = self._open(path, "np")
+      except FileNotFoundError:
+        raise
+      except Exception as error:  # safetensors raises its own class, derived from Exception alone
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    return self._handles[path]
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The safetensors files of a folder: one, or the shards that its index names."""
+  if (folder / _INDEX).is_file():
+    weight_map = _read_json(folder / _INDEX).get("weight_map", {})
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+      if pathlib.Path(shard).name != shard:
+        raise ValueError(f"{folder / _INDEX}: shard {shard!r} is not a file name inside the folder")
+      if not (folder / shard).is_file():
+        raise FileNotFoundError(f"{folder / shard}: shard named by {_INDEX} is missing")
+    return [folder / shard for shard in shards]
+  if (folder / _SINGLE).is_file():
+    return [folder / _SINGLE]
+  hint = ""
+  if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+    hint = "; pickled weights are never opened, convert them to safetensors first"
+  raise FileNotFoundError(f"{folder}: has neither {_SINGLE} nor {_INDEX}{hint}")
+
+
+def _read_json(path: pathlib.Path) -> dict:
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file")
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path}: not JSON ({error})") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path}: holds a {type(content).__name__} instead of an object")
+  return content
+
+
+def _safetensors() -> Any:
+  try:
+    import safetensors
+    import safetensors.numpy
+  except ImportError as error:
+    raise ImportError("Hugging Face checkpoints need `safetensors`: pip install nr[hub]") from error
+  return safetensors
+
+
+def _expected(spec: TransformerSpec) -> dict:
+  """The shapes of the spec's parameters, layers stacked, without making them."""
+  spec = dataclasses.replace(spec, layers="scan")
+  build = lambda key: parameters.split(Transformer(spec, rngs=nnx.Rngs(key)))[1]  # noqa: E731
+  return jax.eval_shape(build, jax.random.key(0))

@@ -1,0 +1,435 @@
+"""Decoder-only transformer: GPT-2, Llama, Qwen and Gemma are settings of one definition.
+
+    model = Transformer(TransformerSpec.gpt2(), rngs=nnx.Rngs(0))
+    graphdef, params = parameters.split(model)
+    logits_BLV = parameters.merge(graphdef, params)(tokens_BL)
+
+Blocks 0..i, something in between, and i..N is a plain call of `run_blocks`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nr.models import cache as caches
+from nr.models.attention import (
+  AttentionInputs,
+  RMSNorm,
+  RowContext,
+  SelfAttention,
+  cache_mask,
+  default_positions,
+  drop,
+  rotary_angles,
+)
+from nr.models.cache import KVCache
+from nr.models.parameters import LAYERS, parameter, zeros_parameter
+from nr.models.partitioning import constrain
+from nr.models.transformer_spec import RotaryScaling, TransformerSpec
+
+__all__ = [
+  "AttentionInputs",
+  "Block",
+  "KVCache",
+  "LayerNorm",
+  "Linear",
+  "Mlp",
+  "RotaryScaling",
+  "Transformer",
+  "TransformerSpec",
+  "make_norm",
+]
+
+
+class LayerNorm(nnx.Module):
+  """Layer norm over the last axis (arXiv:1607.06450), float32 inside."""
+
+  def __init__(self, size: int, axis: str, spec: TransformerSpec, *, rngs: nnx.Rngs):
+    start = jax.nn.initializers.zeros if spec.norm_offset else jax.nn.initializers.ones
+    self.scale = parameter(rngs.params(), start, (size,), (axis,), spec.param_dtype)
+    self.bias = zeros_parameter(spec.use_bias, (size,), (axis,), spec.param_dtype)
+    self.epsilon = spec.norm_epsilon
+    self.offset = 1.0 if spec.norm_offset else 0.0
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns `x` with zero mean and unit variance, scaled and shifted, in the type of `x`."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+    wide = wide * (self.scale[...].astype(jnp.float32) + self.offset)
+    if self.bias is not None:
+      wide = wide + self.bias[...].astype(jnp.float32)
+    return wide.astype(x.dtype)
+
+
+def make_norm(spec: TransformerSpec, *, rngs: nnx.Rngs) -> nnx.Module:
+  """Makes the norm of the residual stream that the spec asks for."""
+  norm = LayerNorm if spec.norm == "layer_norm" else RMSNorm
+  return norm(spec.model_dim, "norm", spec, rngs=rngs)
+
+
+class Linear(nnx.Module):
+  """`x @ kernel + bias` over the last axis, in the type of `x`."""
+
+  def __init__(
+    self,
+    shape: tuple[int, int],
+    axes: tuple[str, str],
+    *,
+    std: float,
+    use_bias: bool,
+    dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    self.kernel = parameter(rngs.params(), jax.nn.initializers.normal(std), shape, axes, dtype)
+    self.bias = zeros_parameter(use_bias, shape[1:], axes[1:], dtype)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns [..., outputs]."""
+    y = x @ self.kernel[...].astype(x.dtype)
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+  """Two-layer MLP, gated (arXiv:2002.05202) or not."""
+
+  def __init__(self, spec: TransformerSpec, *, rngs: nnx.Rngs):
+    wide, narrow = (spec.model_dim, spec.mlp_dim), (spec.mlp_dim, spec.model_dim)
+    shared = dict(use_bias=spec.use_bias, dtype=spec.param_dtype, rngs=rngs)
+    self.up = Linear(wide, ("embed", "mlp"), std=spec.init_std, **shared)
+    self.gate = Linear(wide, ("embed", "mlp"), std=spec.init_std, **shared) if spec.is_gated else None
+    self.down = Linear(narrow, ("mlp", "embed"), std=spec.init_std / (2 * spec.num_layers) ** 0.5, **shared)
+    self.kind = spec.mlp
+
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    """Returns [B, L, D]."""
+    hidden_BLF = self.up(x_BLD)
+    activated_BLF = hidden_BLF if self.gate is None else self.gate(x_BLD)
+    if self.kind == "swiglu":
+      activated_BLF = jax.nn.silu(activated_BLF)
+    else:
+      activated_BLF = jax.nn.gelu(activated_BLF, approximate=self.kind != "gelu_exact")
+    hidden_BLF = activated_BLF if self.gate is None else activated_BLF * hidden_BLF
+    hidden_BLF = constrain(hidden_BLF, "batch", "length", "activation_mlp")
+    return constrain(self.down(hidden_BLF), "batch", "length", "activation_embed")
+
+
+class Block(nnx.Module):
+  """Pre-norm transformer block: attention, then an MLP, each added to the stream."""
+
+  def __init__(self, spec: TransformerSpec, *, rngs: nnx.Rngs):
+    self.attention_norm = make_norm(spec, rngs=rngs)
+    self.attention = SelfAttention(spec, rngs=rngs)
+    self.mlp_norm = make_norm(spec, rngs=rngs)
+    self.mlp = Mlp(spec, rngs=rngs)
+    self.dropout = spec.dropout
+
+  def __call__(
+    self,
+    x_BLD: jax.Array,
+    context: RowContext,
+    stored: Any = None,
+    layer: jax.Array | None = None,
+    *,
+    key: jax.Array | None = None,
+  ) -> tuple[jax.Array, Any]:
+    """Returns the stream [B, L, D] and the cached arrays `stored`, extended."""
+    keys = (None, None, None) if key is None or self.dropout == 0 else jax.random.split(key, 3)
+    mixed_BLD, stored = self.attention(self.attention_norm(x_BLD), context, stored, layer, key=keys[0])
+    x_BLD = x_BLD + drop(mixed_BLD, self.dropout, keys[1])
+    x_BLD = x_BLD + drop(self.mlp(self.mlp_norm(x_BLD)), self.dropout, keys[2])
+    return constrain(x_BLD, "batch", "length", "activation_embed"), stored
+
+
+def make_blocks(spec: TransformerSpec, *, rngs: nnx.Rngs) -> nnx.Module:
+  """Makes all blocks: one module with a leading layer axis on every leaf, or a list.
+
+  Both have the same initial values for the same key.
+  """
+  keys_N = jax.random.split(rngs.params(), spec.num_layers)
+  if spec.layers == "unroll":
+    return nnx.List([Block(spec, rngs=nnx.Rngs(key)) for key in keys_N])
+
+  def initialise(key: jax.Array) -> dict:
+    return nnx.to_pure_dict(nnx.state(Block(spec, rngs=nnx.Rngs(key)), nnx.Param))
+
+  values = jax.vmap(initialise)(keys_N)
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: Block(spec, rngs=nnx.Rngs(0))))
+  for _, variable in nnx.to_flat_state(state):
+    variable.set_metadata(axes=(LAYERS, *variable.get_metadata()["axes"]))
+  nnx.replace_by_pure_dict(state, values)
+  return nnx.merge(graphdef, state)
+
+
+def rematerialise(function: Any, policy: str, *, is_scanned: bool) -> Any:
+  """Wraps a block so that its backward pass recomputes what `policy` does not save."""
+  if policy == "none":
+    return function
+  saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+  # Inside scan, common subexpressions cannot undo the recomputation; elsewhere they can.
+  return jax.checkpoint(function, policy=saved, prevent_cse=not is_scanned)
+
+
+class Transformer(nnx.Module):
+  """Decoder-only language model. See `TransformerSpec` for the settings.
+
+  Arguments shared by the methods:
+    tokens_BL: int32 token ids.
+    positions_BL: int32 positions; counted from the start of each segment when None.
+    segment_ids_BL: int32; rows see only earlier rows of their own segment, and 0
+      is padding. None: one segment, no padding.
+    key: random key for dropout; None is deterministic.
+  """
+
+  def __init__(self, spec: TransformerSpec, *, rngs: nnx.Rngs):
+    self.spec = spec
+    normal = jax.nn.initializers.normal(spec.init_std)
+    table, dtype = (spec.vocab_size, spec.model_dim), spec.param_dtype
+    self.token_embedding = parameter(rngs.params(), normal, table, ("vocab", "embed"), dtype)
+    if spec.positions == "learned":
+      positions = (spec.max_length, spec.model_dim)
+      self.position_embedding = parameter(rngs.params(), normal, positions, ("positions", "embed"), dtype)
+    else:
+      self.position_embedding = None
+    self.blocks = make_blocks(spec, rngs=rngs)
+    self.final_norm = make_norm(spec, rngs=rngs)
+    if spec.tied_head:
+      self.unembedding = None
+    else:
+      self.unembedding = parameter(rngs.params(), normal, table, ("vocab", "embed"), dtype)
+
+  def embed(
+    self,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array | None = None,
+    *,
+    key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns the stream [B, L, D] that enters block 0, in the compute type.
+
+    Raises:
+      ValueError: if L exceeds the spec's max_length and positions are learned.
+    """
+    spec, length = self.spec, tokens_BL.shape[1]
+    x_BLD = self.token_embedding[...][tokens_BL].astype(spec.dtype)
+    if spec.scale_embedding:
+      x_BLD = x_BLD * jnp.asarray(spec.model_dim**0.5, spec.dtype)
+    if self.position_embedding is not None:
+      if length > spec.max_length:
+        raise ValueError(f"tokens_BL has length {length}: TransformerSpec.max_length={spec.max_length} is the most")
+      table_PD = self.position_embedding[...].astype(spec.dtype)
+      x_BLD = x_BLD + (table_PD[:length] if positions_BL is None else table_PD[positions_BL])
+    x_BLD = drop(x_BLD, spec.dropout, key)
+    return constrain(x_BLD, "batch", "length", "activation_embed")
+
+  def run_blocks(
+    self,
+    x_BLD: jax.Array,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    attention: AttentionInputs,
+    cache: KVCache | None = None,
+    key: jax.Array | None = None,
+  ) -> tuple[jax.Array, KVCache | None]:
+    """Runs blocks `start` to `stop` (exclusive; None: to the end).
+
+    Running a range in pieces, with the same key, equals running it at once.
+
+    Args:
+      x_BLD: stream that enters block `start`.
+      start: first block.
+      stop: block to stop before.
+      attention: positions and segments of the rows.
+      cache: keys and values of earlier rows, for exactly these blocks; the new
+        rows are written behind them.
+      key: random key for dropout.
+
+    Returns:
+      The stream after block `stop - 1`, and the cache with L more rows (or None).
+
+    Raises:
+      ValueError: if the range is not inside the model, or the cache is for
+        another number of blocks or has fewer than L slots.
+    """
+    stop = self._check_range(start, stop, x_BLD.shape[1], cache)
+    context, cache = self._row_context(x_BLD.shape[:2], attention, cache)
+    stored = None if cache is None else (cache.keys, cache.values)
+    run = self._scan_blocks if self.spec.layers == "scan" else self._unroll_blocks
+    x_BLD, stored = run(x_BLD, start, stop, context, stored, key)
+    if cache is None:
+      return x_BLD, None
+    length = cache.length + x_BLD.shape[1]
+    return x_BLD, cache._replace(keys=stored[0], values=stored[1], length=length)
+
+  def _check_range(self, start: int, stop: int | None, length: int, cache: KVCache | None) -> int:
+    num_layers = self.spec.num_layers
+    stop = num_layers if stop is None else stop
+    if not 0 <= start <= stop <= num_layers:
+      raise ValueError(f"start={start}, stop={stop}: need 0 <= start <= stop <= num_layers={num_layers}")
+    if cache is not None:
+      stacked = self.spec.layers == "scan"
+      count = cache.keys.shape[0] if stacked else len(cache.keys)
+      if count != stop - start:
+        raise ValueError(f"cache covers {count} blocks: start={start}, stop={stop} needs {stop - start}")
+      if length > cache.capacity:
+        raise ValueError(f"cache has {cache.capacity} slots: {length} rows need a longer one")
+    return stop
+
+  def _row_context(self, shape: tuple[int, int], attention: AttentionInputs, cache: KVCache | None) -> tuple:
+    rotation = None
+    if self.spec.positions == "rotary":
+      rotation = rotary_angles(attention.positions_BL, self.spec)
+    segment_ids_BL = attention.segment_ids_BL
+    if cache is None:
+      return RowContext(rotation, segment_ids_BL), None
+    written_BL = jnp.ones(shape, jnp.int32) if segment_ids_BL is None else segment_ids_BL
+    segment_ids_BS = caches.mark_rows(cache, written_BL)
+    mask = cache_mask(written_BL, segment_ids_BS, cache.length)
+    cache = cache._replace(segment_ids_BS=segment_ids_BS)
+    return RowContext(rotation, segment_ids_BL, mask, cache.length), cache
+
+  def _unroll_blocks(self, x_BLD, start, stop, context, stored, key) -> tuple:
+    keys, values = ([], [])
+    for index in range(start, stop):
+      graphdef, state = nnx.split(self.blocks[index])
+
+      def step(state, x_BLD, layer_stored, layer_key, graphdef=graphdef):
+        return nnx.merge(graphdef, state)(x_BLD, context, layer_stored, key=layer_key)
+
+      layer_stored = None if stored is None else (stored[0][index - start], stored[1][index - start])
+      layer_key = None if key is None else jax.random.fold_in(key, index)
+      step = rematerialise(step, self.spec.remat, is_scanned=False)
+      x_BLD, layer_stored = step(state, x_BLD, layer_stored, layer_key)
+      if stored is not None:
+        keys.append(layer_stored[0])
+        values.append(layer_stored[1])
+    return x_BLD, (tuple(keys), tuple(values))
+
+  def _scan_blocks(self, x_BLD, start, stop, context, stored, key) -> tuple:
+    if start == stop:
+      return x_BLD, stored
+    graphdef, state = nnx.split(self.blocks)
+    if (start, stop) != (0, self.spec.num_layers):
+      state = jax.tree.map(lambda leaf: leaf[start:stop], state)
+
+    def step(carry, scanned):
+      x_BLD, stored = carry
+      state, index = scanned
+      layer_key = None if key is None else jax.random.fold_in(key, index)
+      x_BLD, stored = nnx.merge(graphdef, state)(x_BLD, context, stored, index - start, key=layer_key)
+      return (x_BLD, stored), None
+
+    step = rematerialise(step, self.spec.remat, is_scanned=True)
+    (x_BLD, stored), _ = jax.lax.scan(step, (x_BLD, stored), (state, jnp.arange(start, stop)))
+    return x_BLD, stored
+
+  @property
+  def unembedding_VD(self) -> jax.Array:
+    """The output head [V, D]: the token embedding when tied."""
+    return self.token_embedding[...] if self.unembedding is None else self.unembedding[...]
+
+  def logits(self, x_BLD: jax.Array) -> jax.Array:
+    """Returns float32 logits [B, L, V] of final-normed hidden states [B, L, D]."""
+    head_VD = self.unembedding_VD.astype(x_BLD.dtype)
+    logits = jnp.einsum("...d,vd->...v", x_BLD, head_VD, preferred_element_type=jnp.float32)
+    if logits.ndim != 3:
+      return logits
+    return constrain(logits, "batch", "length", "activation_vocab")
+
+  def hidden(
+    self,
+    tokens_BL: jax.Array,
+    *,
+    segment_ids_BL: jax.Array | None = None,
+    positions_BL: jax.Array | None = None,
+    key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns final-normed hidden states [B, L, D] in the compute type."""
+    embed_key, block_key = (None, None) if key is None else jax.random.split(key)
+    if segment_ids_BL is not None and positions_BL is None:
+      positions_BL = default_positions(*tokens_BL.shape, segment_ids_BL)
+    x_BLD = self.embed(tokens_BL, positions_BL, key=embed_key)
+    if positions_BL is None:
+      positions_BL = default_positions(*tokens_BL.shape)
+    attention = AttentionInputs(positions_BL, segment_ids_BL)
+    x_BLD, _ = self.run_blocks(x_BLD, attention=attention, key=block_key)
+    return self.final_norm(x_BLD)
+
+  def __call__(
+    self,
+    tokens_BL: jax.Array,
+    *,
+    segment_ids_BL: jax.Array | None = None,
+    positions_BL: jax.Array | None = None,
+    key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns float32 next-token logits [B, L, V]."""
+    settings = dict(segment_ids_BL=segment_ids_BL, positions_BL=positions_BL, key=key)
+    return self.logits(self.hidden(tokens_BL, **settings))
+
+  def init_cache(
+    self,
+    batch: int,
+    length: int,
+    dtype: Any = None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+  ) -> KVCache:
+    """Makes an empty cache of `length` slots for blocks `start` to `stop` (exclusive).
+
+    Args:
+      batch: number of rows B.
+      length: number of slots S, padding included.
+      dtype: storage type; the compute type when None.
+      start: first block.
+      stop: block to stop before; None: to the end.
+    """
+    spec = self.spec
+    stop = self._check_range(start, stop, 0, None)
+    sizes = (stop - start, batch, length, spec.num_kv_heads, spec.head_dim)
+    return caches.make_cache(*sizes, dtype or spec.dtype, spec.layers == "scan")
+
+  def extend_hidden(
+    self,
+    tokens_BL: jax.Array,
+    cache: KVCache,
+    valid_BL: jax.Array | None = None,
+  ) -> tuple[jax.Array, KVCache]:
+    """Reads L more tokens behind those in the cache.
+
+    Any way of cutting a sequence into calls gives the same hidden states as one
+    call. Rows may be padded on the left: positions count valid tokens only.
+
+    Args:
+      tokens_BL: int32 token ids; any L, also 1.
+      cache: of all blocks, with at least L free slots.
+      valid_BL: bool, False where a row has padding; None when there is none.
+
+    Returns:
+      Final-normed hidden states [B, L, D] (finite and meaningless at padding), and the cache.
+    """
+    is_valid_BL = jnp.ones(tokens_BL.shape, bool) if valid_BL is None else valid_BL.astype(bool)
+    counted_BL = jnp.cumsum(is_valid_BL, axis=1, dtype=jnp.int32)
+    positions_BL = jnp.maximum(caches.count_tokens(cache)[:, None] + counted_BL - 1, 0)
+    x_BLD = self.embed(tokens_BL, positions_BL)
+    attention = AttentionInputs(positions_BL, is_valid_BL.astype(jnp.int32))
+    x_BLD, cache = self.run_blocks(x_BLD, attention=attention, cache=cache)
+    return self.final_norm(x_BLD), cache
+
+  def extend(
+    self,
+    tokens_BL: jax.Array,
+    cache: KVCache,
+    valid_BL: jax.Array | None = None,
+  ) -> tuple[jax.Array, KVCache]:
+    """As `extend_hidden`, but returns float32 logits [B, L, V] of every new row.
+
+    For a long prompt whose last row alone matters, `extend_hidden` and `logits`
+    of that row spare [B, L, V].
+    """
+    x_BLD, cache = self.extend_hidden(tokens_BL, cache, valid_BL)
+    return self.logits(x_BLD), cache

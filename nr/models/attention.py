@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nr.models import cache as caches
+from nr.models.layers import RMSNorm, drop
 from nr.models.parameters import parameter, zeros_parameter
 from nr.models.partitioning import constrain, target_platform
 from nr.models.transformer_spec import TransformerSpec
@@ -68,14 +69,6 @@ def rotate(x_BLHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Arra
   first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return turned.astype(x_BLHK.dtype)
-
-
-def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """Sets entries to 0 with probability `rate` and scales the rest; identity without a key."""
-  if key is None or rate == 0:
-    return x
-  kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-  return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def blocked_causal_attention(
@@ -204,22 +197,6 @@ class RowContext(NamedTuple):
   segment_ids_BL: jax.Array | None
   mask: jax.Array | None = None
   slot: jax.Array | None = None
-
-
-class RMSNorm(nnx.Module):
-  """Root-mean-square norm over the last axis (arXiv:1910.07467), float32 inside."""
-
-  def __init__(self, size: int, axis: str, spec: TransformerSpec, *, rngs: nnx.Rngs):
-    start = jax.nn.initializers.zeros if spec.norm_offset else jax.nn.initializers.ones
-    self.scale = parameter(rngs.params(), start, (size,), (axis,), spec.param_dtype)
-    self.epsilon = spec.norm_epsilon
-    self.offset = 1.0 if spec.norm_offset else 0.0
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns `x` scaled to unit mean square, times the learned scale, in the type of `x`."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-    return (wide * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
 
 
 class HeadProjection(nnx.Module):

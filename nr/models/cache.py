@@ -51,7 +51,12 @@ def make_cache(
   return KVCache(keys, values, jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def write_rows(stored: jax.Array, rows_BLJK: jax.Array, slot: jax.Array, layer: jax.Array | None) -> jax.Array:
+def write_rows(
+  stored: jax.Array,
+  rows_BLJK: jax.Array,
+  slot: jax.Array,
+  layer: jax.Array | None,
+) -> jax.Array:
   """Writes new rows at `slot`, into one layer of a stacked array when `layer` is given."""
   rows_BLJK = rows_BLJK.astype(stored.dtype)
   if layer is None:

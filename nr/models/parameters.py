@@ -110,8 +110,10 @@ def _is_unrolled(blocks: Any) -> bool:
 
 
 def _is_axes(node: Any) -> bool:
-  return isinstance(node, tuple) and not hasattr(node, "_fields") and all(
-    isinstance(name, str | None) for name in node
+  return (
+    isinstance(node, tuple)
+    and not hasattr(node, "_fields")
+    and all(isinstance(name, str | None) for name in node)
   )
 
 

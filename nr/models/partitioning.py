@@ -31,7 +31,7 @@ def constrain(x: jax.Array, *logical_names: str | None) -> jax.Array:
       axis would be used twice.
   """
   if len(logical_names) != x.ndim:
-    raise ValueError(f"logical_names={logical_names!r}: give one name for each of the {x.ndim} axes of {x.shape}")
+    raise ValueError(f"logical_names={logical_names!r}: give a name for each axis of {x.shape}")
   rules = dict(spmd.get_logical_axis_rules())
   mesh = jax.sharding.get_abstract_mesh()
   if not rules or mesh.empty:

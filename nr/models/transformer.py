@@ -16,16 +16,15 @@ from flax import nnx
 from nr.models import cache as caches
 from nr.models.attention import (
   AttentionInputs,
-  RMSNorm,
   RowContext,
   SelfAttention,
   cache_mask,
   default_positions,
-  drop,
   rotary_angles,
 )
 from nr.models.cache import KVCache
-from nr.models.parameters import LAYERS, parameter, zeros_parameter
+from nr.models.layers import LayerNorm, Linear, Mlp, RMSNorm, drop, make_norm
+from nr.models.parameters import LAYERS, parameter
 from nr.models.partitioning import constrain
 from nr.models.transformer_spec import RotaryScaling, TransformerSpec
 
@@ -36,84 +35,12 @@ __all__ = [
   "LayerNorm",
   "Linear",
   "Mlp",
+  "RMSNorm",
   "RotaryScaling",
   "Transformer",
   "TransformerSpec",
   "make_norm",
 ]
-
-
-class LayerNorm(nnx.Module):
-  """Layer norm over the last axis (arXiv:1607.06450), float32 inside."""
-
-  def __init__(self, size: int, axis: str, spec: TransformerSpec, *, rngs: nnx.Rngs):
-    start = jax.nn.initializers.zeros if spec.norm_offset else jax.nn.initializers.ones
-    self.scale = parameter(rngs.params(), start, (size,), (axis,), spec.param_dtype)
-    self.bias = zeros_parameter(spec.use_bias, (size,), (axis,), spec.param_dtype)
-    self.epsilon = spec.norm_epsilon
-    self.offset = 1.0 if spec.norm_offset else 0.0
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns `x` with zero mean and unit variance, scaled and shifted, in the type of `x`."""
-    wide = x.astype(jnp.float32)
-    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-    wide = wide * (self.scale[...].astype(jnp.float32) + self.offset)
-    if self.bias is not None:
-      wide = wide + self.bias[...].astype(jnp.float32)
-    return wide.astype(x.dtype)
-
-
-def make_norm(spec: TransformerSpec, *, rngs: nnx.Rngs) -> nnx.Module:
-  """Makes the norm of the residual stream that the spec asks for."""
-  norm = LayerNorm if spec.norm == "layer_norm" else RMSNorm
-  return norm(spec.model_dim, "norm", spec, rngs=rngs)
-
-
-class Linear(nnx.Module):
-  """`x @ kernel + bias` over the last axis, in the type of `x`."""
-
-  def __init__(
-    self,
-    shape: tuple[int, int],
-    axes: tuple[str, str],
-    *,
-    std: float,
-    use_bias: bool,
-    dtype: Any,
-    rngs: nnx.Rngs,
-  ):
-    self.kernel = parameter(rngs.params(), jax.nn.initializers.normal(std), shape, axes, dtype)
-    self.bias = zeros_parameter(use_bias, shape[1:], axes[1:], dtype)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns [..., outputs]."""
-    y = x @ self.kernel[...].astype(x.dtype)
-    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-class Mlp(nnx.Module):
-  """Two-layer MLP, gated (arXiv:2002.05202) or not."""
-
-  def __init__(self, spec: TransformerSpec, *, rngs: nnx.Rngs):
-    wide, narrow = (spec.model_dim, spec.mlp_dim), (spec.mlp_dim, spec.model_dim)
-    shared = dict(use_bias=spec.use_bias, dtype=spec.param_dtype, rngs=rngs)
-    self.up = Linear(wide, ("embed", "mlp"), std=spec.init_std, **shared)
-    self.gate = Linear(wide, ("embed", "mlp"), std=spec.init_std, **shared) if spec.is_gated else None
-    self.down = Linear(narrow, ("mlp", "embed"), std=spec.init_std / (2 * spec.num_layers) ** 0.5, **shared)
-    self.kind = spec.mlp
-
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    """Returns [B, L, D]."""
-    hidden_BLF = self.up(x_BLD)
-    activated_BLF = hidden_BLF if self.gate is None else self.gate(x_BLD)
-    if self.kind == "swiglu":
-      activated_BLF = jax.nn.silu(activated_BLF)
-    else:
-      activated_BLF = jax.nn.gelu(activated_BLF, approximate=self.kind != "gelu_exact")
-    hidden_BLF = activated_BLF if self.gate is None else activated_BLF * hidden_BLF
-    hidden_BLF = constrain(hidden_BLF, "batch", "length", "activation_mlp")
-    return constrain(self.down(hidden_BLF), "batch", "length", "activation_embed")
 
 
 class Block(nnx.Module):
@@ -218,7 +145,7 @@ class Transformer(nnx.Module):
       x_BLD = x_BLD * jnp.asarray(spec.model_dim**0.5, spec.dtype)
     if self.position_embedding is not None:
       if length > spec.max_length:
-        raise ValueError(f"tokens_BL has length {length}: TransformerSpec.max_length={spec.max_length} is the most")
+        raise ValueError(f"tokens_BL has length {length}: max_length={spec.max_length} is the most")
       table_PD = self.position_embedding[...].astype(spec.dtype)
       x_BLD = x_BLD + (table_PD[:length] if positions_BL is None else table_PD[positions_BL])
     x_BLD = drop(x_BLD, spec.dropout, key)

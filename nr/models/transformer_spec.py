@@ -99,7 +99,8 @@ class TransformerSpec:
       _require(self, name, getattr(self, name) in choices, f"choose one of {', '.join(choices)}")
     kv = self.num_kv_heads
     _require(self, "num_kv_heads", self.num_heads % kv == 0, f"it must divide num_heads={self.num_heads}")
-    _require(self, "head_dim", self.positions == "learned" or self.head_dim % 2 == 0, "rotary needs an even size")
+    is_paired = self.positions == "learned" or self.head_dim % 2 == 0
+    _require(self, "head_dim", is_paired, "rotary positions need an even size")
     _require(self, "dropout", 0 <= self.dropout < 1, "give a probability in [0, 1)")
     for name in ("rotary_base", "norm_epsilon", "init_std"):
       _require(self, name, getattr(self, name) > 0, "give a positive number")
@@ -110,7 +111,10 @@ class TransformerSpec:
     for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "max_length"):
       value = getattr(self, name)
       _require(self, name, isinstance(value, int) and value > 0, "give a positive integer")
-    resolve = lambda name, value: object.__setattr__(self, name, value)
+
+    def resolve(name: str, value: Any) -> None:
+      object.__setattr__(self, name, value)
+
     if isinstance(self.rotary_scaling, dict):
       resolve("rotary_scaling", RotaryScaling(**self.rotary_scaling))
     if self.num_kv_heads is None:
@@ -125,8 +129,8 @@ class TransformerSpec:
     if self.use_qkv_bias is None:
       resolve("use_qkv_bias", self.use_bias)
     for name in ("num_kv_heads", "head_dim", "mlp_dim"):
-      value = getattr(self, name)
-      _require(self, name, isinstance(value, int) and value > 0, "give a positive integer, or None for the default")
+      is_size = isinstance(getattr(self, name), int) and getattr(self, name) > 0
+      _require(self, name, is_size, "give a positive integer, or None for the default")
 
   @property
   def is_gated(self) -> bool:
@@ -142,13 +146,14 @@ class TransformerSpec:
   @classmethod
   def llama(cls, **settings: Any) -> Self:
     """Llama: rotary positions, RMS norm, SwiGLU, no biases, untied head. Give the sizes."""
-    family = dict(positions="rotary", norm="rms_norm", mlp="swiglu", use_bias=False, tied_head=False, max_length=2048)
-    return cls(**(family | settings))
+    family = dict(positions="rotary", norm="rms_norm", mlp="swiglu", use_bias=False, tied_head=False)
+    return cls(**(family | dict(max_length=2048) | settings))
 
   @classmethod
   def qwen2(cls, **settings: Any) -> Self:
     """Qwen2: Llama with biases on queries, keys and values."""
-    return cls.llama(**(dict(use_qkv_bias=True, norm_epsilon=1e-6, rotary_base=1e6, max_length=32768) | settings))
+    family = dict(use_qkv_bias=True, norm_epsilon=1e-6, rotary_base=1e6, max_length=32768)
+    return cls.llama(**(family | settings))
 
   @classmethod
   def qwen3(cls, **settings: Any) -> Self:

@@ -58,7 +58,9 @@ def token_nll(
   def step(head_VD: jax.Array, hidden_BWD: jax.Array, targets_BW: jax.Array) -> jax.Array:
     return _nll(hidden_BWD, head_VD, targets_BW)
 
-  scan_step = lambda _, chunk: (None, step(unembedding_VD, *chunk))
+  def scan_step(_, chunk):
+    return None, step(unembedding_VD, *chunk)
+
   _, nll_CBW = jax.lax.scan(scan_step, None, (cut(hidden_BLD), cut(targets_BL)))
   return nll_CBW.transpose(1, 0, 2).reshape(B, num_chunks * width)[:, :L]
 

@@ -130,6 +130,9 @@ def edit_selection(
     Edited coefficients and concepts. An emptied place has coefficient 0 and
     index -1; the order by size is not restored.
   """
+  # A concept removed before the top-k comes back only if too few others were left.
+  is_empty_BLK = jnp.isneginf(values_BLK)
+  values_BLK, indices_BLK = jnp.where(is_empty_BLK, 0.0, values_BLK), jnp.where(is_empty_BLK, -1, indices_BLK)
   largest_BL = values_BLK.max(axis=-1)
   edits = _broadcast(intervention, values_BLK.shape[:2])
 

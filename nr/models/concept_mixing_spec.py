@@ -1,0 +1,143 @@
+"""Settings of the concept path of CoCoMix: one frozen record with every axis named."""
+
+import dataclasses
+import difflib
+from typing import Any, Self
+
+from nr.models.top_k import IMPLEMENTATIONS
+from nr.models.transformer_spec import TransformerSpec
+
+# All values of an axis; the second tuple holds those that are planned but not built.
+MODES = ("cocomix", "mix_only", "prediction_only", "add", "none"), ("pause", "hidden")
+NORMS = ("reference", "none"), ()
+HEAD_IMPLS = ("fused", "dense"), ()
+COMPRESSION_IMPLS = ("gather", "dense"), ()
+TOP_K_IMPLS = IMPLEMENTATIONS, ("approximate",)
+LAST_BLOCKS = ("readout_rows", "all_rows"), ()
+
+MOST_CONCEPTS = 65535
+"""Labels are stored as uint16 with 65535 for "none", so indices end at 65534."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptMixingSpec:
+  """Settings of `ConceptMixingTransformer` besides those of its transformer.
+
+  Attributes:
+    insert_at: index of the block before which concepts are inserted, from 0.
+    num_concepts: C, latents of the teacher's autoencoder.
+    top_k: K, concepts mixed at a position.
+    mode: "cocomix" interleaves concept rows; "mix_only" is the same model, to be
+      trained without the concept loss; "prediction_only" predicts concepts and
+      mixes none; "add" adds the concept to its token's stream; "none" is a plain
+      transformer.
+    norm: "reference" normalises the stream before the head and undoes it after
+      the compression, as the released code does; "none" is the paper's equation 3.
+    head_impl: "fused" holds the logits of `chunk_length` positions a row at a time and
+      recomputes them in the backward pass; "dense" holds all. Same values; fused
+      was also faster on 2 CPU cores (2048 positions, 32768 concepts: 1.7 s against
+      3.7 s, forward and backward).
+    chunk_length: positions a row, for "fused"; 0 takes all at once, as "dense".
+    compression_impl: "gather" reads K rows a position, "dense" multiplies by all C;
+      measured on CPU, gather is 12 times faster at 32768 concepts and equal at 2048.
+      With concepts split over devices dense needs less communication.
+    top_k_impl: see `nr.models.top_k`; same values.
+    last_block: "readout_rows" computes queries and MLP of the last block only for
+      the rows that are read; "all_rows" for all. Same values.
+  """
+
+  insert_at: int
+  num_concepts: int
+  top_k: int = 32
+  mode: str = "cocomix"
+  norm: str = "reference"
+  head_impl: str = "fused"
+  chunk_length: int = 128
+  compression_impl: str = "gather"
+  top_k_impl: str = "chunked"
+  last_block: str = "readout_rows"
+
+  def __post_init__(self):
+    for name, (built, planned) in _CHOICES.items():
+      value = getattr(self, name)
+      if value in planned:
+        self._refuse(name, f"not available yet; available are {', '.join(built)}")
+      if value not in built:
+        self._refuse(name, f"choose one of {', '.join(built)}")
+    for name in ("num_concepts", "top_k"):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value <= 0:
+        self._refuse(name, "give a positive integer")
+    if not isinstance(self.chunk_length, int) or self.chunk_length < 0:
+      self._refuse("chunk_length", "give a number of positions, or 0 for all")
+    if not isinstance(self.insert_at, int) or self.insert_at < 0:
+      self._refuse("insert_at", "give the index of a block, from 0")
+    if self.num_concepts > MOST_CONCEPTS:
+      self._refuse("num_concepts", f"labels are uint16 with 65535 for none, so at most {MOST_CONCEPTS}")
+    if self.top_k > self.num_concepts:
+      self._refuse("top_k", f"must be at most num_concepts={self.num_concepts}")
+
+  def _refuse(self, name: str, remedy: str) -> None:
+    raise ValueError(f"ConceptMixingSpec.{name}={getattr(self, name)!r}: {remedy}")
+
+  def check_model(self, model: TransformerSpec) -> None:
+    """Raises ValueError when the insertion is not before one of the model's blocks."""
+    if self.insert_at >= model.num_layers:
+      last = model.num_layers - 1
+      self._refuse("insert_at", f"the model has {model.num_layers} blocks; choose 0 to {last}")
+
+  @property
+  def is_mixing(self) -> bool:
+    """Whether predicted concepts reach the stream."""
+    return self.mode in ("cocomix", "mix_only", "add")
+
+  @property
+  def is_interleaving(self) -> bool:
+    """Whether concepts have rows of their own."""
+    return self.mode in ("cocomix", "mix_only")
+
+  def num_parameters(self, model: TransformerSpec) -> tuple[int, int]:
+    """Returns the parameters that the concept path stores, and those active for a token.
+
+    Source: arXiv 2502.08524 appendix A counts (C + K) D as active: only K rows of
+    the compression are read at a position.
+    """
+    if self.mode == "none":
+      return 0, 0
+    C, D = self.num_concepts, model.model_dim
+    stored, active = C * D + C + D, C * D
+    if self.is_mixing:
+      stored, active = stored + C * D + D, active + self.top_k * D
+    return stored, active
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the settings as plain values that JSON can hold."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, settings: dict[str, Any]) -> Self:
+    """Makes a spec from plain values; inverse of `to_dict`.
+
+    Raises:
+      ValueError: if a field is unknown (with the nearest known one), missing or invalid.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in settings:
+      if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(fields)}"
+        raise ValueError(f"ConceptMixingSpec.{name}={settings[name]!r}: unknown field; {remedy}")
+    for name, field in fields.items():
+      if field.default is dataclasses.MISSING and name not in settings:
+        raise ValueError(f"ConceptMixingSpec.{name} is missing: give an integer")
+    return cls(**settings)
+
+
+_CHOICES = {
+  "mode": MODES,
+  "norm": NORMS,
+  "head_impl": HEAD_IMPLS,
+  "compression_impl": COMPRESSION_IMPLS,
+  "top_k_impl": TOP_K_IMPLS,
+  "last_block": LAST_BLOCKS,
+}

@@ -108,7 +108,8 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
   """
   model_type = config.get("model_type")
   if model_type not in FAMILIES:
-    raise ValueError(f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    supported = ", ".join(FAMILIES)
+    raise ValueError(f"config.json: model_type {model_type!r} is not supported; supported: {supported}")
   return FAMILIES[model_type]
 
 
@@ -142,7 +143,8 @@ def _expect(config: Mapping[str, Any], field: str, allowed: tuple, default: Any)
   """Returns config[field]; ValueError naming field and value when it is not among `allowed`."""
   value = config.get(field, default)
   if value not in allowed:
-    raise ValueError(f"config.json: {field} {value!r} is not supported; supported: {', '.join(map(repr, allowed))}")
+    supported = ", ".join(map(repr, allowed))
+    raise ValueError(f"config.json: {field} {value!r} is not supported; supported: {supported}")
   return value
 
 
@@ -200,7 +202,9 @@ def _rotary_to_spec(config: Mapping[str, Any]) -> dict:
     raise ValueError(f"config.json: rope_type {kind!r} is not supported; supported: 'default', 'llama3'")
   if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
     raise ValueError("config.json: partial_rotary_factor below 1 is not supported")
-  scaling = RotaryScaling(**{ours: rope[theirs] for theirs, ours in _SCALING.items()}) if kind == "llama3" else None
+  scaling = None
+  if kind == "llama3":
+    scaling = RotaryScaling(**{ours: rope[theirs] for theirs, ours in _SCALING.items()})
   base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
   return {"positions": "rotary", "rotary_base": float(base), "rotary_scaling": scaling}
 
@@ -218,7 +222,8 @@ def _rotary_to_config(spec: TransformerSpec) -> dict:
 def _llama_like_to_spec(config: Mapping[str, Any], **settings) -> TransformerSpec:
   """The settings that the Llama, Qwen and Gemma configs have in common."""
   if config.get("use_sliding_window", config["model_type"] == "mistral") and config.get("sliding_window"):
-    raise ValueError(f"config.json: sliding_window {config['sliding_window']} is not supported; only full attention is")
+    window = config["sliding_window"]
+    raise ValueError(f"config.json: sliding_window {window} is not supported; only full attention is")
   defaults = {
     "vocab_size": config["vocab_size"],
     "num_layers": config["num_hidden_layers"],

@@ -132,13 +132,15 @@ def _read_spec(file: GgufFile, settings: dict) -> TransformerSpec:
     raise ValueError(f"{file.path}: architecture {architecture!r} is not read, only 'llama'")
   scaling = file.get("llama.rope.scaling.type", "none")
   if scaling != "none" or "rope_freqs.weight" in file.tensors:
-    raise ValueError(f"{file.path}: scaled rotary positions (llama.rope.scaling.type {scaling!r}) are not supported")
+    raise ValueError(
+      f"{file.path}: scaled rotary positions (rope.scaling.type {scaling!r}) are not supported"
+    )
   model_dim = file.require("llama.embedding_length")
   num_heads = file.require("llama.attention.head_count")
   head_dim = file.get("llama.attention.key_length", model_dim // num_heads)
   for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
     if file.get(key, head_dim) != head_dim:
-      raise ValueError(f"{file.path}: {key} {file.get(key)} differs from the head size {head_dim}; not supported")
+      raise ValueError(f"{file.path}: {key} {file.get(key)} is not the head size {head_dim}; not supported")
   if file.get("llama.expert_count", 0):
     raise ValueError(f"{file.path}: mixtures of experts (llama.expert_count) are not supported")
   return TransformerSpec.llama(

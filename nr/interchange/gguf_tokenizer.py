@@ -20,7 +20,8 @@ _CONTROL, _USER_DEFINED = 3, 4
 # None: the regular expression of GPT-2, which `tokenizers` has built in.
 _GPT2_SPLIT = None
 _LLAMA3_SPLIT = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 # name -> (each digit alone, split)
@@ -36,12 +37,19 @@ PRE_TOKENIZERS = {
 class GgufTokenizer:
   """Byte-level BPE tokenizer made from GGUF metadata, with its chat template.
 
+  Has what the rest of the house asks of a tokenizer (see nr.data.tokenizers),
+  and beyond that the special tokens of a chat.
+
   Attributes:
     vocab_size: number of tokens.
-    begin_of_text_id, end_of_text_id: ids, or None where the file names none.
+    begin_of_text_id: or None where the file names none.
+    end_of_text_id: what ends a document or a turn of the assistant.
+    adds_begin_of_text: whether the model wants begin_of_text_id before a prompt.
     chat_template: jinja2 source, or None.
-    fingerprint: sha256 of the tokenizer's JSON text, hex.
+    fingerprint: sha256, hex; that of the same tokenizer saved and loaded again.
   """
+
+  kind = "tokenizer_json"
 
   def __init__(self, path: str | pathlib.Path | GgufFile):
     """Reads the metadata.
@@ -53,23 +61,35 @@ class GgufTokenizer:
     file = path if isinstance(path, GgufFile) else GgufFile(path)
     self._tokens: list[str] = file.require("tokenizer.ggml.tokens")
     self._tokenizer = _build(file, self._tokens)
+    self._content = self._tokenizer.to_str(pretty=False).encode()
     self.vocab_size = len(self._tokens)
     self.begin_of_text_id: int | None = file.get("tokenizer.ggml.bos_token_id")
-    self.end_of_text_id: int | None = file.get("tokenizer.ggml.eos_token_id")
+    self.end_of_text_id: int = file.require("tokenizer.ggml.eos_token_id")
     self.adds_begin_of_text: bool = bool(file.get("tokenizer.ggml.add_bos_token", False))
     self.chat_template: str | None = file.get("tokenizer.chat_template")
-    self.fingerprint = hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+    # As nr.data.tokenizers.fingerprint_of, which this layer does not import.
+    digest = hashlib.sha256(f"{self.kind}\0{self.end_of_text_id}\0".encode())
+    digest.update(f"tokenizer.json\0{len(self._content)}\0".encode() + self._content)
+    self.fingerprint = digest.hexdigest()
 
-  def encode(self, text: str) -> list[int]:
-    """Returns the ids of a text; special tokens written in it become their ids."""
-    ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-    return [self.begin_of_text_id, *ids] if self.adds_begin_of_text else ids
+  def encode(self, text: str, *, use_special_tokens: bool = False) -> list[int]:
+    """Returns the ids of a text, nothing added.
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of ids, special tokens included."""
-    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+    Args:
+      text: what to encode.
+      use_special_tokens: whether "<|im_start|>" and its like, spelled in the text,
+        become their ids (a rendered chat) or are text as any other (a user's words).
+    """
+    self._tokenizer.encode_special_tokens = not use_special_tokens
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-  def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True, **variables) -> str:
+  def decode(self, ids: Sequence[int], *, use_special_tokens: bool = False) -> str:
+    """Returns the text of ids; special tokens give nothing unless asked for."""
+    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not use_special_tokens)
+
+  def render_chat(
+    self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True, **variables
+  ) -> str:
     """Writes a conversation as the text the model was trained on.
 
     Args:
@@ -92,9 +112,12 @@ class GgufTokenizer:
     )
 
   def save(self, path: str | pathlib.Path) -> None:
-    """Writes `tokenizer.json`, the format of the `tokenizers` package."""
-    path = pathlib.Path(path)
-    self._tokenizer.save(str(path / "tokenizer.json" if path.is_dir() else path))
+    """Writes a folder that `nr.data.tokenizers.load_tokenizer` reads (without the chat template)."""
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_bytes(self._content)
+    settings = {"kind": self.kind, "end_of_text_id": self.end_of_text_id, "fingerprint": self.fingerprint}
+    (folder / "nr_tokenizer.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
   def _token(self, index: int | None) -> str:
     return "" if index is None else self._tokens[index]
@@ -152,7 +175,8 @@ def _pre_tokenizer(name: str, path: pathlib.Path) -> Any:
   from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
   if name not in PRE_TOKENIZERS:
-    raise ValueError(f"{path}: tokenizer.ggml.pre {name!r} is not known; known are {', '.join(PRE_TOKENIZERS)}")
+    known = ", ".join(PRE_TOKENIZERS)
+    raise ValueError(f"{path}: tokenizer.ggml.pre {name!r} is not known; known are {known}")
   digits_alone, split = PRE_TOKENIZERS[name]
   steps = [Digits(individual_digits=True)] if digits_alone else []
   if split is not None:

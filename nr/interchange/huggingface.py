@@ -192,5 +192,8 @@ def _safetensors() -> Any:
 def _expected(spec: TransformerSpec) -> dict:
   """The shapes of the spec's parameters, layers stacked, without making them."""
   spec = dataclasses.replace(spec, layers="scan")
-  build = lambda key: parameters.split(Transformer(spec, rngs=nnx.Rngs(key)))[1]  # noqa: E731
+
+  def build(key: jax.Array) -> dict:
+    return parameters.split(Transformer(spec, rngs=nnx.Rngs(key)))[1]
+
   return jax.eval_shape(build, jax.random.key(0))

@@ -1,13 +1,11 @@
-"""Models and tokenizers of llama2.c (https://github.com/karpathy/llama2.c), version 0 files.
+"""Models of llama2.c (https://github.com/karpathy/llama2.c), version 0 files.
 
-A model file is seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads,
+A file is seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads,
 vocab_size, max_seq_len; a negative vocab_size says that the head is not tied),
-then float32 arrays in a fixed order, each holding all layers. A tokenizer file
-is an int32 (longest token in bytes), then for each token a float32 score, an
-int32 length and that many bytes.
+then float32 arrays in a fixed order, each holding all layers. The tokenizer
+file beside it is read by `nr.data.tokenizers.load_tokenizer`.
 """
 
-import hashlib
 import pathlib
 import struct
 
@@ -19,7 +17,6 @@ from nr.models.transformer_spec import TransformerSpec
 
 _HEADER = struct.Struct("<7i")
 
-# In file order after the embedding; the rotary tables are read over, they are computed here.
 TABLE = (
   Row("tok_embeddings", "token_embedding"),
   Row("layers.{layer}.attention_norm", "blocks/attention_norm/scale"),
@@ -54,10 +51,11 @@ def load_llama2c(path: str | pathlib.Path, **settings) -> tuple[TransformerSpec,
   path = pathlib.Path(path)
   spec = _read_spec(path, settings)
   sizes = _sizes(spec)
+  expected = 4 * sum(count * int(np.prod(shape)) for _, count, shape in sizes)
+  found = path.stat().st_size - _HEADER.size
+  if found != expected:
+    raise ValueError(f"{path}: {found} bytes after the header, not {expected}; damaged or not version 0")
   values = np.memmap(path, "<f4", mode="r", offset=_HEADER.size)
-  expected = sum(count * int(np.prod(shape)) for _, count, shape in sizes)
-  if len(values) != expected:
-    raise ValueError(f"{path}: {len(values)} numbers after the header instead of {expected}; truncated or not version 0")
   tensors, start = {}, 0
   for name, count, shape in sizes:
     size = int(np.prod(shape))
@@ -114,72 +112,3 @@ def _sizes(spec: TransformerSpec) -> list[tuple[str, int, tuple[int, ...]]]:
     ("rope_sin", 1, (spec.max_length, head // 2)),
   ]
   return sizes if spec.tied_head else [*sizes, ("output", 1, (spec.vocab_size, dim))]
-
-
-class Llama2cTokenizer:
-  """The tokenizer of a llama2.c model: SentencePiece BPE reduced to pieces and scores.
-
-  Written here because the file holds no SentencePiece model that a package
-  could read. Follows `encode` of llama2.c's run.c: characters, bytes for the
-  characters that are no piece, then the best-scored merge until none is left.
-
-  Attributes:
-    vocab_size: number of pieces.
-    begin_of_text_id: 1, put before a text by whoever wants it.
-    end_of_text_id: 2.
-    fingerprint: sha256 of the file, hex.
-  """
-
-  begin_of_text_id = 1
-  end_of_text_id = 2
-
-  def __init__(self, path: str | pathlib.Path, vocab_size: int):
-    """Reads the file; `vocab_size` is the model's, the file does not hold it."""
-    self._data = pathlib.Path(path).read_bytes()
-    self.vocab_size = vocab_size
-    self.fingerprint = hashlib.sha256(self._data).hexdigest()
-    self._pieces: list[bytes] = []
-    self._scores: list[float] = []
-    start = 4
-    for index in range(vocab_size):
-      if start + 8 > len(self._data):
-        raise ValueError(f"{path}: ends after {index} tokens instead of {vocab_size}")
-      score, length = struct.unpack_from("<fi", self._data, start)
-      start += 8 + length
-      self._pieces.append(self._data[start - length : start])
-      self._scores.append(score)
-    if start != len(self._data):
-      raise ValueError(f"{path}: goes on after {vocab_size} tokens; pass the vocab_size of its model")
-    self._ids: dict[bytes, int] = {}
-    for index, piece in enumerate(self._pieces):
-      self._ids.setdefault(piece, index)
-    # Ids 3 .. 258 stand for single bytes and are written <0x0A>.
-    self._bytes = {3 + byte: bytes([byte]) for byte in range(256) if self._pieces[3 + byte] == b"<0x%02X>" % byte}
-
-  def encode(self, text: str) -> list[int]:
-    """Returns the ids of a text, with the format's leading space and without ids 1 and 2."""
-    if not text:
-      return []
-    ids = [self._ids[b" "]]
-    for character in text:
-      piece = character.encode()
-      ids.extend([self._ids[piece]] if piece in self._ids else [byte + 3 for byte in piece])
-    while True:
-      merges = [
-        (index, merged)
-        for index, (left, right) in enumerate(zip(ids, ids[1:]))
-        if (merged := self._ids.get(self._pieces[left] + self._pieces[right])) is not None
-      ]
-      if not merges:
-        return ids
-      index, merged = max(merges, key=lambda merge: self._scores[merge[1]])  # the first of equals
-      ids[index : index + 2] = [merged]
-
-  def decode(self, ids: list[int]) -> str:
-    """Returns the text of ids, leading space included; ids 0, 1 and 2 are left out."""
-    joined = b"".join(self._bytes.get(i, self._pieces[i]) for i in map(int, ids) if i > 2)
-    return joined.decode("utf-8", errors="replace")
-
-  def save(self, path: str | pathlib.Path) -> None:
-    """Writes the file it was read from."""
-    pathlib.Path(path).write_bytes(self._data)

@@ -51,9 +51,7 @@ HEADS = _one(
   lambda a, s: a.T.reshape(s.model_dim, -1, s.head_dim),
   lambda a, s: a.reshape(s.model_dim, -1).T,
 )
-HEADS_BIAS = _one(
-  "split heads of a bias", lambda a, s: a.reshape(-1, s.head_dim), lambda a, s: a.reshape(-1)
-)
+HEADS_BIAS = _one("split heads of a bias", lambda a, s: a.reshape(-1, s.head_dim), lambda a, s: a.reshape(-1))
 # Linear [D, H*K] -> [H, K, D].
 FROM_HEADS = _one(
   "split heads of the input of a Linear",
@@ -130,7 +128,9 @@ Table = Sequence[Row]
 
 def prefixed(table: Table, theirs: str = "", ours: str = "") -> tuple[Row, ...]:
   """Returns the table with prefixes put before every foreign name and every path of ours."""
-  return tuple(Row(theirs + row.theirs, tuple(ours + path for path in row.paths), row.transform) for row in table)
+  return tuple(
+    Row(theirs + row.theirs, tuple(ours + path for path in row.paths), row.transform) for row in table
+  )
 
 
 def to_ours(table: Table, tensors: Mapping[str, np.ndarray], spec: TransformerSpec, dtype: Any) -> dict:

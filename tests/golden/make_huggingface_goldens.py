@@ -14,7 +14,17 @@ import shutil
 import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent
-FAMILIES = ("gpt2", "llama", "llama_tied", "llama_scaled", "llama_biased", "mistral", "qwen2", "qwen3", "gemma")
+FAMILIES = (
+  "gpt2",
+  "llama",
+  "llama_tied",
+  "llama_scaled",
+  "llama_biased",
+  "mistral",
+  "qwen2",
+  "qwen3",
+  "gemma",
+)
 VOCAB_SIZE = 19
 
 
@@ -24,7 +34,9 @@ def make_config(family: str, width: int):
 
   ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
   if family == "gpt2":
-    return transformers.GPT2Config(vocab_size=VOCAB_SIZE, n_embd=width, n_layer=3, n_head=2, n_positions=24, **ids)
+    return transformers.GPT2Config(
+      vocab_size=VOCAB_SIZE, n_embd=width, n_layer=3, n_head=2, n_positions=24, **ids
+    )
   classes = {
     "llama": transformers.LlamaConfig,
     "llama_tied": transformers.LlamaConfig,
@@ -73,7 +85,9 @@ def make_model(family: str, width: int = 8, seed: int = 0):
   import transformers
 
   torch.manual_seed(seed)
-  model = transformers.AutoModelForCausalLM.from_config(make_config(family, width), attn_implementation="eager")
+  model = transformers.AutoModelForCausalLM.from_config(
+    make_config(family, width), attn_implementation="eager"
+  )
   with torch.no_grad():
     for parameter in model.parameters():
       parameter.add_(0.2 * torch.randn_like(parameter))

@@ -48,7 +48,7 @@ def test_their_checkpoint_gives_their_logits_and_ours_saved_gives_ours(family, t
   logits = our_logits(spec, params)
   np.testing.assert_allclose(logits, goldens.logits_of(model, TOKENS), atol=1e-5, rtol=0)
 
-  changed = jax.tree.map(lambda leaf: leaf * 1.25, params)
+  changed = jax.tree.map(lambda leaf: leaf * 0.75, params)  # other numbers, of order 1 still
   save_huggingface(tmp_path / "ours", spec, changed)
   np.testing.assert_allclose(their_logits(tmp_path / "ours"), our_logits(spec, changed), atol=1e-5, rtol=0)
 
@@ -56,7 +56,14 @@ def test_their_checkpoint_gives_their_logits_and_ours_saved_gives_ours(family, t
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_models_born_here_are_read_by_transformers(family, layers, tmp_path):
-  sizes = {"vocab_size": 19, "num_layers": 2, "model_dim": 16, "num_heads": 4, "max_length": 20, "layers": layers}
+  sizes = {
+    "vocab_size": 19,
+    "num_layers": 2,
+    "model_dim": 16,
+    "num_heads": 4,
+    "max_length": 20,
+    "layers": layers,
+  }
   spec = getattr(TransformerSpec, family)(**sizes)
   _, params = parameters.split(Transformer(spec, rngs=nnx.Rngs(3)))
   save_huggingface(tmp_path, spec, params)

@@ -69,7 +69,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
   config.teacher = ConfigDict(
     {
       "model": _model(num_layers=4, model_dim=128, num_heads=4),
-      "tap_layer": 2,  # concepts are read after this many blocks (the paper: 6 of 12)
+      "tap_layer": 1,  # concepts are read after this block, counted from 0 (the paper: 5 of 12)
       "train": _training(
         steps=350, batch_size=32, optimizer__learning_rate=3e-3, optimizer__weight_decay=0.1,
         schedule__warmup_steps=20, checkpoint__every=100, log_every=10,
@@ -84,12 +84,14 @@ def get_config(variant: str = "tiny") -> ConfigDict:
       "k_aux": 64,  # half the width, as libraries do
       "alpha": 1 / 32,
       "dead_tokens": 100_000,  # dead after so many tokens without firing
-      "batch_tokens": 2048,
-      "buffer_windows": 512,  # windows whose activations are shuffled together
-      "skip_first_position": False,
+      "decoding": "dense",  # or "gather"; the same result, gather for large dictionaries
+      "top_k": "chunked",  # implementation of the exact top-k
+      "chunk_batches": 50,  # batches whose activations are shuffled together
+      "windows_per_call": 32,  # windows the teacher reads at once
+      "skip_first": True,  # leave out position 0, whose activations are abnormal
       "sample_tokens": 8192,  # activations for the geometric median and the scale of the error
       "train": _training(
-        steps=500, optimizer__name="adam", optimizer__learning_rate=1e-3, optimizer__beta2=0.999,
+        steps=500, batch_size=2048, optimizer__name="adam", optimizer__learning_rate=1e-3, optimizer__beta2=0.999,
         optimizer__epsilon=6.25e-10, schedule__name="constant", clip=0.0, checkpoint__every=200, log_every=10,
       ),
     }
@@ -121,9 +123,9 @@ def get_config(variant: str = "tiny") -> ConfigDict:
           "insert_at": 2,  # blocks before the insertion
           "top_k": 16,
           "norm": "reference",  # the released code's normalisation, or "none": Eq. 3 to the letter
-          "compression_impl": "dense",
+          "head_impl": "dense",  # or "fused": logits of a chunk of positions at a time, for many concepts
+          "compression_impl": "gather",  # or "dense"; the same result
           "top_k_impl": "chunked",
-          "chunk_length": 0,  # positions whose concept logits are held at a time; 0: all
         },
         "loss_weight": 0.1,  # lambda of Eq. 4
       },
@@ -176,13 +178,14 @@ def _make_miniature(config: ConfigDict) -> None:
   config.window.length = 32
   for section in (config.teacher, config.students.ntp, config.students.cocomix):
     section.model.update(num_layers=2, model_dim=32, num_heads=2)
-  config.teacher.tap_layer = 1
-  config.sae.update(num_latents=64, k=8, k_aux=16, batch_tokens=256, buffer_windows=32, sample_tokens=512, dead_tokens=4000)
+  config.teacher.tap_layer = 0
+  config.sae.update(num_latents=64, k=8, k_aux=16, chunk_batches=10, windows_per_call=8, sample_tokens=512, dead_tokens=4000)
   config.students.cocomix.concept.update(insert_at=1, top_k=8)
   for train, steps in ((config.teacher.train, 30), (config.sae.train, 30), (config.students.train, 30)):
     train.update(steps=steps, log_every=2)
     train.checkpoint.every = 10
     train.progress = False
+  config.sae.train.batch_size = 256
   config.teacher.train.batch_size = config.students.train.batch_size = 8
   config.teacher.train.schedule.warmup_steps = config.students.train.schedule.warmup_steps = 2
   config.steer.update(num_concepts=2, table_concepts=4, strengths=(0.0, 4.0), prompts=4, prompt_tokens=8, new_tokens=8)

@@ -142,10 +142,7 @@ class SparseAutoencoder(nnx.Module):
 
   def normalise(self, x_TD: jax.Array) -> Normalised:
     """Removes mean and scale over the width (ddof = 1, epsilon added to the deviation)."""
-    x_TD = _at_least_float32(x_TD)
-    mean_T1 = x_TD.mean(-1, keepdims=True)
-    deviation_T1 = x_TD.std(-1, ddof=1, keepdims=True) + self.spec.epsilon
-    return Normalised((x_TD - mean_T1) / deviation_T1, mean_T1, deviation_T1)
+    return normalise(x_TD, self.spec.epsilon)
 
   def denormalise(self, values_TD: jax.Array, like: Normalised) -> jax.Array:
     """Brings values of the autoencoder's space back to the scale and mean of `like`."""
@@ -200,6 +197,14 @@ class SparseAutoencoder(nnx.Module):
     normalised = self.normalise(x_TD)
     code = self.encode(normalised.values_TD)
     return self.denormalise(self.decode(code), normalised), code
+
+
+def normalise(x_TD: jax.Array, epsilon: float) -> Normalised:
+  """Removes mean and scale over the width (ddof = 1, epsilon added to the deviation)."""
+  x_TD = _at_least_float32(x_TD)
+  mean_T1 = x_TD.mean(-1, keepdims=True)
+  deviation_T1 = x_TD.std(-1, ddof=1, keepdims=True) + epsilon
+  return Normalised((x_TD - mean_T1) / deviation_T1, mean_T1, deviation_T1)
 
 
 class _Kernel(nnx.Module):
@@ -278,11 +283,21 @@ def initialise_from_activations(
     raise ValueError(
       f"sample of activations has width {activations_ND.shape[-1]}, model_dim is {spec.model_dim}"
     )
+  return initialise(spec, initial_pre_bias(spec, activations_ND), key, rescale_encoder=rescale_encoder)
+
+
+def initial_pre_bias(spec: SparseAutoencoderSpec, activations_ND: jax.Array) -> jax.Array:
+  """Returns the geometric median [D] of a sample of raw activations, in the normalised space."""
+  return geometric_median(normalise(activations_ND, spec.epsilon).values_TD)
+
+
+def initialise(
+  spec: SparseAutoencoderSpec, pre_bias_D: jax.Array, key: jax.Array, *, rescale_encoder: bool = True
+) -> dict:
+  """Returns initial parameters around a given pre-bias; see `initialise_from_activations`."""
   key_model, key_probe = jax.random.split(key)
-  model = SparseAutoencoder(spec, rngs=nnx.Rngs(key_model))
-  graphdef, params = parameters.split(model)
-  median_D = geometric_median(model.normalise(activations_ND).values_TD)
-  params = {**params, "pre_bias": median_D.astype(spec.param_dtype)}
+  graphdef, params = parameters.split(SparseAutoencoder(spec, rngs=nnx.Rngs(key_model)))
+  params = {**params, "pre_bias": pre_bias_D.astype(spec.param_dtype)}
   if rescale_encoder:
     probes_ND = jax.random.normal(key_probe, (256, spec.model_dim), spec.param_dtype)
     autoencoder = parameters.merge(graphdef, params)

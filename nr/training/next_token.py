@@ -3,13 +3,13 @@
 from typing import Any
 
 import jax
-from flax import nnx
 
 from nr.models import parameters
-from nr.models.transformer import Transformer, TransformerSpec
+from nr.models.transformer import TransformerSpec
 from nr.objectives.language_modeling import next_token_loss
 from nr.objectives.weighted import LossOutput
 from nr.training.method import Method
+from nr.training.model_files import axes_of, build_model, graphdef_of
 
 
 def next_token_method(
@@ -28,10 +28,7 @@ def next_token_method(
     Weight decay covers every parameter, as in GPT-2 and CoCoMix's code.
   """
 
-  def build(key: jax.Array) -> Transformer:
-    return Transformer(spec, rngs=nnx.Rngs(params=key))
-
-  graphdef = parameters.split(nnx.eval_shape(lambda: build(jax.random.key(0))))[0]
+  graphdef = graphdef_of(spec)
 
   def loss(params: Any, frozen: Any, extra: Any, batch: Any, key: jax.Array) -> LossOutput:
     del frozen, extra
@@ -49,7 +46,7 @@ def next_token_method(
 
   return Method(
     name=name,
-    init=lambda key: parameters.split(build(key))[1],
+    init=lambda key: parameters.split(build_model(spec, key))[1],
     loss=loss,
-    axes=parameters.logical_axes(lambda: build(jax.random.key(0))),
+    axes=axes_of(spec),
   )

@@ -1,0 +1,54 @@
+"""Stage `tokenizer`: raw text to a tokenizer and two streams of tokens."""
+
+import pathlib
+from typing import Any
+
+from nr.data.sources import CorpusSpec
+from nr.data.splits import documents_of_split
+from nr.data.token_dataset import TokenDataset, write_token_dataset
+from nr.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from nr.recipes.stages import Artifact, StageContext
+
+SPLITS = ("train", "validation")
+
+
+def run(context: StageContext) -> Artifact:
+  """Splits documents by hash, trains (or takes) a tokenizer, writes both splits as tokens."""
+  corpus = CorpusSpec.of(context.config.corpus.to_dict())
+  tokenizer = make_tokenizer(context.config.tokenizer, corpus)
+  directory = context.directory / "tokenizer"
+  tokenizer.save(directory)
+  artifact: Artifact = {
+    "tokenizer": context.relative(directory),
+    "fingerprint": tokenizer.fingerprint,
+    "vocab_size": tokenizer.vocab_size,
+    "corpus": {"name": corpus.name, "documents": {}, "tokens": {}, "bytes": {}},
+  }
+  for split in SPLITS:
+    dataset = write_token_dataset(
+      context.directory / split,
+      documents_of_split(corpus, split),
+      tokenizer,
+      provenance={"corpus": context.config.corpus.to_dict(), "split": split},
+      overwrite=True,
+      progress=True,
+    )
+    artifact[split] = context.relative(context.directory / split)
+    artifact["corpus"]["documents"][split] = dataset.num_documents
+    artifact["corpus"]["tokens"][split] = dataset.num_tokens
+    artifact["corpus"]["bytes"][split] = dataset.num_bytes
+  return artifact
+
+
+def make_tokenizer(config: Any, corpus: CorpusSpec) -> Tokenizer:
+  """Loads the tokenizer that the config names, or trains one on the training split alone."""
+  if config.path:
+    return load_tokenizer(pathlib.Path(config.path))
+  texts = (document.text for document in documents_of_split(corpus, "train"))
+  return train_sentencepiece(texts, config.vocab_size, model_type=config.model_type)
+
+
+def open_split(context: StageContext, split: str) -> TokenDataset:
+  """Opens a split that the stage wrote, refusing one made with another tokenizer."""
+  artifact = context.inputs["tokenizer"]
+  return TokenDataset.open(context.path(artifact[split]), expected_tokenizer=artifact["fingerprint"])

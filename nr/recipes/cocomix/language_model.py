@@ -1,0 +1,129 @@
+"""What teacher and students share: training by the one loop, and scoring by document."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from nr.data.windows import WindowSource, ordered_batches, shuffled_batches
+from nr.evaluation.flops import count_flops
+from nr.evaluation.perplexity import DocumentScores, score_documents
+from nr.models import parameters
+from nr.objectives.language_modeling import token_nll
+from nr.recipes.cocomix import corpus
+from nr.recipes.stages import Artifact, StageContext
+from nr.training.loop import train
+from nr.training.method import Method
+from nr.training.model_files import Model, count_parameters, load_model, save_model
+
+
+def window_source(context: StageContext, split: str, labels: np.ndarray | None = None, **options: Any) -> WindowSource:
+  """Returns the windows of a split as the config's `window` section asks for them."""
+  window = context.config.window
+  dataset = corpus.open_split(context, split)
+  return WindowSource(dataset, window.length, labels, window.reset_at_documents, **options)
+
+
+def train_language_model(
+  context: StageContext,
+  directory: pathlib.Path,
+  method: Method,
+  spec: Any,
+  training: Any,
+  labels: np.ndarray | None = None,
+) -> Artifact:
+  """Trains a model on the training split and saves it.
+
+  The order of the batches depends on the seed alone, so two methods with the
+  same seed and batch size see the same batches in the same order.
+
+  Args:
+    context: the stage's context; needs the artifact of stage `tokenizer`.
+    directory: where checkpoints, metrics and the final model go.
+    method: what is trained.
+    spec: settings of the model, saved with it.
+    training: training section of the config.
+    labels: concept labels aligned with the training split, if the method reads them.
+
+  Returns:
+    Where the model is, its hash, sizes, counted FLOPs and the loop's summary.
+  """
+  source = window_source(context, "train", labels)
+  data = shuffled_batches(
+    source,
+    training.batch_size,
+    seed=training.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  flops = training_flops_per_token(method, source, training.batch_size)
+  training.flops_per_token = flops
+  result = train(training, method, data, (), directory)
+  fingerprint = save_model(
+    directory / "model", spec, result.state.params, context.inputs["tokenizer"]["fingerprint"]
+  )
+  scored = source.length - 1
+  return {
+    "model": context.relative(directory / "model"),
+    "fingerprint": fingerprint,
+    "metrics": context.relative(directory / "metrics.jsonl"),
+    "params": count_parameters(result.state.params),
+    "train_tokens": training.steps * training.batch_size * source.length,
+    "scored_train_tokens": training.steps * training.batch_size * scored,
+    "train_flops_per_token": flops,
+    "tokens_per_second": result.summary["tokens_per_second"],
+    "summary": result.summary,
+  }
+
+
+def training_flops_per_token(method: Method, source: WindowSource, batch_size: int) -> float:
+  """Counts the matrix-product FLOPs of forward and backward from the program, per token read."""
+  element = source[0]
+  batch = {name: jax.ShapeDtypeStruct((batch_size, *value.shape), value.dtype) for name, value in element.items()}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  params = jax.eval_shape(method.init, key)
+  extra = jax.eval_shape(method.init_extra, params)
+
+  def loss(params: Any, frozen: Any, extra: Any, batch: Any, key: Any) -> Any:
+    return jax.grad(lambda params: method.loss(params, frozen, extra, batch, key).loss.total)(params)
+
+  return count_flops(loss, params, method.frozen, extra, batch, key) / (batch_size * source.length)
+
+
+def forward_flops_per_token(model: Model, length: int) -> float:
+  """Counts the FLOPs of one forward pass with logits at every position, per token."""
+  tokens = jax.ShapeDtypeStruct((1, length), np.int32)
+  return count_flops(lambda params, tokens: parameters.merge(model.graphdef, params)(tokens), model.params, tokens) / length
+
+
+def make_token_nll(model: Model, loss_chunk: int | None = None) -> Callable[[Mapping[str, Any]], jax.Array]:
+  """Returns the jitted function from a batch to the nats [B, L] of its targets."""
+
+  @jax.jit
+  def token_losses(params: Any, batch: Any) -> jax.Array:
+    module = parameters.merge(model.graphdef, params)
+    hidden_BLD = module.hidden(
+      batch["tokens"], segment_ids_BL=batch.get("segment_ids"), positions_BL=batch.get("positions")
+    )
+    return token_nll(hidden_BLD, module.unembedding_VD, batch["targets"], chunk_size=loss_chunk)
+
+  return lambda batch: token_losses(model.params, batch)
+
+
+def score_split(
+  context: StageContext, artifact: Artifact, split: str, batch_size: int, loss_chunk: int | None = None
+) -> DocumentScores:
+  """Scores every token of a split but the first with a saved model, by document.
+
+  Windows overlap by one token, so that the first token of a window is a target
+  of the window before it.
+  """
+  tokenizer = context.inputs["tokenizer"]["fingerprint"]
+  model = load_model(context.path(artifact["model"]), tokenizer)
+  source = window_source(context, split, tail="pad", overlap=1, with_documents=True)
+  batches = ordered_batches(source, batch_size)
+  nll = make_token_nll(model, loss_chunk)
+  document_bytes = source.dataset.document_bytes
+  return score_documents(nll, batches, document_bytes, total=len(batches), description=f"scoring {split}")

@@ -6,31 +6,19 @@ field, the problem and the remedy, and so that nothing is ever lost silently.
 """
 
 import base64
-import difflib
 import json
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 from absl import logging
+
+from nr.names import unknown
 
 POLICIES = ("raise", "quarantine")
 
 
 class DataError(ValueError):
   """A user's mistake in data or in its settings, told in one line."""
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-  """Returns a hint: the valid name nearest to `name`, or all of them when none is near.
-
-  >>> nearest("stou", ["sotu", "docstrings"])
-  "did you mean 'sotu'? Valid: docstrings, sotu"
-  """
-  valid = sorted(valid)
-  close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-  listing = "Valid: " + ", ".join(valid)
-  return f"did you mean {close[0]!r}? {listing}" if close else listing
 
 
 class Quarantine:
@@ -48,7 +36,7 @@ class Quarantine:
 
   def __init__(self, policy: str = "raise", path: str | pathlib.Path | None = None):
     if policy not in POLICIES:
-      raise DataError(f"on_bad_record={policy!r} is unknown: {nearest(policy, POLICIES)}")
+      raise DataError(unknown("on_bad_record", policy, POLICIES))
     if policy == "quarantine" and not path:
       raise DataError(
         "quarantine_path is empty: on_bad_record='quarantine' needs a file to set bad records aside in"
@@ -80,7 +68,7 @@ class Quarantine:
       self.path.parent.mkdir(parents=True, exist_ok=True)
       logging.warning("first bad record, set aside in %s: %s", self.path, message)
     with open(self.path, "a" if self.count else "w", encoding="utf-8") as stream:
-      stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+      stream.write(json.dumps(entry) + "\n")  # ASCII, so that lone surrogates survive
     self.count += 1
 
   def report(self, source: Any) -> None:

@@ -22,9 +22,7 @@ def tensorflow_datasets(spec: CorpusSpec, quarantine: Quarantine) -> Iterator[Do
       f"corpus.name={spec.name!r} needs tensorflow-datasets: pip install tensorflow-datasets"
     ) from error
   try:
-    source = tfds.data_source(
-      name, split=spec.source_split, data_dir=spec.data_dir or None, download=False
-    )
+    source = tfds.data_source(name, split=spec.source_split, data_dir=spec.data_dir or None, download=False)
   except Exception as error:  # the library raises many kinds, some of them plain Exception
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     raise DataError(

@@ -36,8 +36,10 @@ def _reader(path: pathlib.Path) -> Callable[..., Iterator[Document]]:
   """Returns the function that reads files of this suffix."""
   suffix = _suffix(path)
   if not suffix:
-    raise DataError(f"corpus.name={str(path)!r}: files of this kind are not read; "
-                    f"give one of {', '.join(SUFFIXES)}, a folder of these, or a record directory")
+    raise DataError(
+      f"corpus.name={str(path)!r}: files of this kind are not read; "
+      f"give one of {', '.join(SUFFIXES)}, a folder of these, or a record directory"
+    )
   if suffix.startswith(".txt"):
     return lambda path, stem, spec, quarantine: text_file(path, stem, spec.text_unit, quarantine)
   return parquet_file if suffix == ".parquet" else json_lines_file
@@ -48,8 +50,10 @@ def _folder(folder: pathlib.Path, spec: CorpusSpec, quarantine: Quarantine) -> I
   files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
   readable = [path for path in files if _suffix(path)]
   if not readable:
-    raise DataError(f"corpus.name={str(folder)!r} has no file that ends in {', '.join(SUFFIXES)}; "
-                    "put text there or name another folder")
+    raise DataError(
+      f"corpus.name={str(folder)!r} has no file that ends in {', '.join(SUFFIXES)}; "
+      "put text there or name another folder"
+    )
   if len(readable) < len(files):
     logging.warning("%s: %d files of other kinds are not read", folder, len(files) - len(readable))
 
@@ -188,8 +192,10 @@ def parquet_file(
     raise DataError(f"{path} is not a readable Parquet file ({error}); write it again") from error
   names = table.schema_arrow.names
   if spec.text_field not in names:
-    raise DataError(f"{path}, row 0, field {spec.text_field!r}: is missing (the file has {', '.join(names)}); "
-                    "set corpus.text_field to the column that holds the text")
+    raise DataError(
+      f"{path}, row 0, field {spec.text_field!r}: is missing (the file has {', '.join(names)}); "
+      "set corpus.text_field to the column that holds the text"
+    )
   columns = [name for name in dict.fromkeys((spec.text_field, spec.id_field)) if name in names]
   number = 0
   for batch in table.iter_batches(batch_size=256, columns=columns):
@@ -198,9 +204,7 @@ def parquet_file(
       number += 1
 
 
-def record_directory(
-  directory: pathlib.Path, spec: CorpusSpec, quarantine: Quarantine
-) -> Iterator[Document]:
+def record_directory(directory: pathlib.Path, spec: CorpusSpec, quarantine: Quarantine) -> Iterator[Document]:
   """Yields one document a record of a directory written by `nr.data.records`."""
   from nr.data.records import RecordSource
 

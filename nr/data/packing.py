@@ -12,7 +12,7 @@ import numpy as np
 
 from nr.data.bad_records import DataError
 from nr.data.token_dataset import TokenDataset
-from nr.data.windows import NO_LABEL, _rows_per_process
+from nr.data.windows import NO_LABEL, rows_per_process
 
 
 class ChunkSource:
@@ -33,8 +33,10 @@ class ChunkSource:
     if length < 2:
       raise DataError(f"length={length} must be at least 2: a row of one token has no target")
     if labels is not None and len(labels) != dataset.num_tokens:
-      raise DataError(f"labels cover {len(labels)} tokens, {dataset.directory} has {dataset.num_tokens}; "
-                      "label this dataset again")
+      raise DataError(
+        f"labels cover {len(labels)} tokens, {dataset.directory} has {dataset.num_tokens}; "
+        "label this dataset again"
+      )
     self.dataset, self.length, self.labels = dataset, length, labels
     stops = np.append(dataset.document_starts[1:], dataset.num_tokens)
     chunks = [
@@ -85,8 +87,9 @@ def packed_batches(
     source: chunks of at most L tokens.
     batch_size: rows of the global batch, over all processes.
     seed: decides the order.
-    epochs: None to go on forever. With a number, processes may end some batches
-      apart, since each packs its own documents.
+    epochs: None to go on forever. With a number, the last rows that fill no
+      whole batch are dropped, and processes may end some batches apart, since
+      each packs its own documents.
     num_rows: rows open at once; more means less padding.
     process_index: which share of the chunks to read.
     process_count: number of shares.
@@ -95,10 +98,12 @@ def packed_batches(
   Raises:
     DataError: fewer chunks than rows of a batch, or a batch that does not divide.
   """
-  rows = _rows_per_process(batch_size, process_index, process_count)
+  rows = rows_per_process(batch_size, process_index, process_count)
   if len(source) < batch_size:
-    raise DataError(f"batch_size={batch_size} is more than the {len(source)} chunks of documents; "
-                    "lower batch_size or give more text")
+    raise DataError(
+      f"batch_size={batch_size} is more than the {len(source)} chunks of documents; "
+      "lower batch_size or give more text"
+    )
   names = ["tokens", "targets", "weights"] + (["labels"] if source.labels is not None else [])
   chunks = grain.MapDataset.source(source).seed(seed).shuffle().repeat(epochs)
   stream = chunks[process_index::process_count].to_iter_dataset(

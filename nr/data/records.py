@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from nr.data.bad_records import DataError, Quarantine, nearest
+from nr.data.bad_records import DataError, Quarantine
 from nr.data.token_dataset import check_files, describe_file, read_header
+from nr.names import unknown
 
 FORMAT = "nr.records"
 VERSION = 1
@@ -44,7 +45,9 @@ def check_schema(schema: Mapping[str, str]) -> None:
     raise DataError("schema has no field; give at least one, such as {'text': 'str'}")
   for field, kind in schema.items():
     if not isinstance(kind, str) or not _TYPE.fullmatch(kind):
-      raise DataError(f"schema, field {field!r}: {kind!r} is no type: {nearest(str(kind), _SCALARS)}, list[...], ...?")
+      raise DataError(
+        unknown(f"schema, type of field {field!r}", str(kind), _SCALARS) + ", list[TYPE], TYPE?"
+      )
 
 
 def problem_of(record: Any, schema: Mapping[str, str]) -> tuple[str | None, str] | None:
@@ -65,7 +68,7 @@ def problem_of(record: Any, schema: Mapping[str, str]) -> tuple[str | None, str]
         return field, f"holds a {type(item).__name__}, the schema says {kind}"
   for field in record:
     if field not in schema:
-      return str(field), f"is not in the schema, {nearest(str(field), schema)}"
+      return str(field), f"is not in the schema ({', '.join(schema)})"
   return None
 
 
@@ -107,7 +110,7 @@ def write_records(
   check_schema(schema)
   directory, quarantine = pathlib.Path(directory), quarantine or Quarantine()
   if format not in SUFFIXES:
-    raise DataError(f"format={format!r} is unknown: {nearest(format, SUFFIXES)}")
+    raise DataError(unknown("format", format, SUFFIXES))
   if directory.exists() and not overwrite:
     raise DataError(f"{directory} exists; remove it, name another, or pass overwrite=True")
   partial = directory.with_name(directory.name + ".partial")
@@ -134,8 +137,16 @@ def write_records(
     name = f"records-{number:05d}-of-{len(counts):05d}{SUFFIXES[format]}"
     os.rename(partial / f"{number:05d}", partial / name)
     shards[name] = {"records": count, **describe_file(partial / name)}
-  header = {"format": FORMAT, "version": VERSION, "storage": format, "schema": dict(schema), "count": sum(counts),
-            "set_aside": quarantine.count, "provenance": dict(provenance or {}), "files": shards}
+  header = {
+    "format": FORMAT,
+    "version": VERSION,
+    "storage": format,
+    "schema": dict(schema),
+    "count": sum(counts),
+    "set_aside": quarantine.count,
+    "provenance": dict(provenance or {}),
+    "files": shards,
+  }
   (partial / "dataset.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
   if directory.exists():
     shutil.rmtree(directory)
@@ -154,7 +165,9 @@ def _encoded(
       return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError) as error:  # not JSON, not finite, or a lone surrogate
       found = None, f"cannot be written as JSON ({error})"
-  quarantine.reject(f"records for {directory}", f"record {index}", *found, "correct the record or the schema", record)
+  quarantine.reject(
+    f"records for {directory}", f"record {index}", *found, "correct the record or the schema", record
+  )
   return None
 
 
@@ -222,8 +235,10 @@ class RecordSource:
     self._starts = np.cumsum([0, *(shard["records"] for shard in shards)])
     self._readers: dict[int, Any] = {}
     if self._starts[-1] != self.header["count"]:
-      raise DataError(f"{self.directory / 'dataset.json'}, field 'count': is {self.header['count']}, "
-                      f"the shards hold {self._starts[-1]}")
+      raise DataError(
+        f"{self.directory / 'dataset.json'}, field 'count': is {self.header['count']}, "
+        f"the shards hold {self._starts[-1]}"
+      )
 
   def __len__(self) -> int:
     return int(self._starts[-1])

@@ -11,10 +11,10 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from nr.data.bad_records import DataError, Quarantine, nearest
+from nr.data.bad_records import DataError, Quarantine
+from nr.names import unknown
 
 BUILT_IN = ("sotu", "docstrings")
-PREFIXES = ("tfds:", "hf:")
 TEXT_UNITS = ("file", "blank_line")
 
 
@@ -80,7 +80,7 @@ class CorpusSpec:
       elif not isinstance(value, kind):
         raise DataError(f"corpus.{field.name}={value!r} must be of type {kind.__name__}")
     if self.text_unit not in TEXT_UNITS:
-      raise DataError(f"corpus.text_unit={self.text_unit!r} is unknown: {nearest(self.text_unit, TEXT_UNITS)}")
+      raise DataError(unknown("corpus.text_unit", self.text_unit, TEXT_UNITS))
     if self.max_documents < 0:
       raise DataError(f"corpus.max_documents={self.max_documents} must be 0 (all) or positive")
     for name in ("validation_fraction", "test_fraction"):
@@ -107,7 +107,7 @@ class CorpusSpec:
     valid = [field.name for field in dataclasses.fields(cls)]
     for key in values:
       if key not in valid:
-        raise DataError(f"corpus.{key} is no setting of a corpus: {nearest(key, valid)}")
+        raise DataError(unknown("field of corpus", key, valid))
     return cls(**values)
 
   def quarantine(self) -> Quarantine:
@@ -153,10 +153,13 @@ def _open(spec: CorpusSpec, quarantine: Quarantine) -> Iterator[Document]:
   if path.exists():
     return file_sources.path_documents(path, spec, quarantine)
   if "/" in spec.name or path.suffix:
-    raise DataError(f"corpus.name={spec.name!r}: no such file or folder; give an existing path, "
-                    f"or a built-in source ({', '.join(BUILT_IN)})")
-  hint = nearest(spec.name, [*BUILT_IN, "tfds:NAME", "hf:NAME"])
-  raise DataError(f"corpus.name={spec.name!r} is neither a source nor an existing path: {hint}")
+    raise DataError(
+      f"corpus.name={spec.name!r}: no such file or folder; give an existing path, "
+      f"or a built-in source ({', '.join(BUILT_IN)})"
+    )
+  raise DataError(
+    unknown("corpus.name", spec.name, [*BUILT_IN, "tfds:NAME", "hf:NAME"]) + ", or an existing path"
+  )
 
 
 def _checked(stream: Iterator[Document], spec: CorpusSpec) -> Iterator[Document]:

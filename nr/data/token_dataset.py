@@ -80,8 +80,10 @@ def token_dtype(vocab_size: int, dtype: str = "auto") -> np.dtype:
   if dtype not in ("auto", "uint16", "uint32"):
     raise DataError(f"dtype={dtype!r} must be 'auto', 'uint16' or 'uint32'")
   if dtype == "uint16" and vocab_size > 65_536:
-    raise DataError(f"dtype='uint16' holds ids up to 65535, the tokenizer has vocab_size={vocab_size}; "
-                    "use dtype='auto' or a smaller vocabulary")
+    raise DataError(
+      f"dtype='uint16' holds ids up to 65535, the tokenizer has vocab_size={vocab_size}; "
+      "use dtype='auto' or a smaller vocabulary"
+    )
   if dtype == "auto":
     dtype = "uint16" if vocab_size <= 65_536 else "uint32"
   return np.dtype(dtype)
@@ -140,9 +142,15 @@ def write_token_dataset(
   np.save(partial / ARRAYS[1], np.array(starts, np.int64), allow_pickle=False)
   np.save(partial / ARRAYS[2], np.array(sizes, np.int64), allow_pickle=False)
   header = {
-    "format": FORMAT, "version": VERSION, "num_tokens": tokens.length, "num_documents": len(starts),
-    "num_bytes": int(sum(sizes)), "dtype": stored.name, "vocab_size": tokenizer.vocab_size,
-    "end_of_text_id": tokenizer.end_of_text_id, "tokenizer": tokenizer.fingerprint,
+    "format": FORMAT,
+    "version": VERSION,
+    "num_tokens": tokens.length,
+    "num_documents": len(starts),
+    "num_bytes": int(sum(sizes)),
+    "dtype": stored.name,
+    "vocab_size": tokenizer.vocab_size,
+    "end_of_text_id": tokenizer.end_of_text_id,
+    "tokenizer": tokenizer.fingerprint,
     "provenance": dict(provenance or {}),
     "files": {name: describe_file(partial / name) for name in (*ARRAYS, IDS)},
   }
@@ -176,8 +184,10 @@ def read_header(directory: pathlib.Path, expected_format: str, version: int) -> 
     found = header.get("format") if isinstance(header, dict) else header
     raise DataError(f"{path}, field 'format': is {found!r}, expected {expected_format!r}")
   if header.get("version") != version:
-    raise DataError(f"{path}, field 'version': is {header.get('version')!r}, this code reads {version}; "
-                    "write the dataset again")
+    raise DataError(
+      f"{path}, field 'version': is {header.get('version')!r}, this code reads {version}; "
+      "write the dataset again"
+    )
   return header
 
 
@@ -193,13 +203,17 @@ def check_files(directory: pathlib.Path, files: Mapping[str, Mapping[str, Any]],
       raise DataError(f"{path} is missing; write the dataset again")
     size = path.stat().st_size
     if size != recorded["bytes"]:
-      raise DataError(f"{path} has {size} bytes, dataset.json records {recorded['bytes']}; it was cut off or "
-                      "changed, write the dataset again")
+      raise DataError(
+        f"{path} has {size} bytes, dataset.json records {recorded['bytes']}; it was cut off or "
+        "changed, write the dataset again"
+      )
     if verify_hash:
       found: Callable = describe_file(path)["sha256"]
       if found != recorded["sha256"]:
-        raise DataError(f"{path} has sha256 {found}, dataset.json records {recorded['sha256']}; it was damaged, "
-                        "write the dataset again")
+        raise DataError(
+          f"{path} has sha256 {found}, dataset.json records {recorded['sha256']}; it was damaged, "
+          "write the dataset again"
+        )
 
 
 class TokenDataset:
@@ -240,7 +254,9 @@ class TokenDataset:
     dataset = cls(directory, header)
     for name, found in (("num_tokens", len(dataset.tokens)), ("num_documents", len(dataset.document_starts))):
       if header[name] != found:
-        raise DataError(f"{directory / 'dataset.json'}, field {name!r}: is {header[name]}, the arrays hold {found}")
+        raise DataError(
+          f"{directory / 'dataset.json'}, field {name!r}: is {header[name]}, the arrays hold {found}"
+        )
     return dataset
 
   @property

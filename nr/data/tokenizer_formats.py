@@ -42,8 +42,9 @@ def _find(folder: pathlib.Path, ending: str) -> pathlib.Path | None:
   """Returns the one file of a folder whose name ends so, with .gz or without."""
   found = sorted(path for path in folder.iterdir() if path.name.endswith((ending, ending + ".gz")))
   if len(found) > 1:
-    raise DataError(f"{folder} holds several files that end in {ending}: {', '.join(p.name for p in found)}; "
-                    "keep one")
+    raise DataError(
+      f"{folder} holds several files that end in {ending}: {', '.join(p.name for p in found)}; keep one"
+    )
   return found[0] if found else None
 
 
@@ -77,7 +78,9 @@ class _LibraryTokenizer:
       end_of_text = next((piece for piece in END_OF_TEXT_PIECES if piece in vocabulary), "")
     if isinstance(end_of_text, str):
       if end_of_text not in vocabulary:
-        raise DataError(f"end_of_text={end_of_text!r} is not in the vocabulary; name the piece that ends a document")
+        raise DataError(
+          f"end_of_text={end_of_text!r} is not in the vocabulary; name the piece that ends a document"
+        )
       end_of_text = vocabulary[end_of_text]
     if not 0 <= end_of_text < self.vocab_size:
       raise DataError(f"end_of_text={end_of_text} is no id; give one in 0..{self.vocab_size - 1}")
@@ -89,8 +92,9 @@ class _LibraryTokenizer:
     try:
       return self._tokenizer.encode(text, add_special_tokens=False).ids
     except UnicodeEncodeError as error:
-      raise DataError(f"text holds a lone surrogate at character {error.start}, which UTF-8 cannot write; "
-                      "correct the text") from error
+      raise DataError(
+        f"text holds a lone surrogate at character {error.start}, which UTF-8 cannot write; correct the text"
+      ) from error
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of ids; special ids such as end of text give nothing."""
@@ -116,11 +120,15 @@ class ByteLevelBPETokenizer(_LibraryTokenizer):
     library = _library()
     try:
       pieces = json.loads(vocab)
-      lines = [line for line in merges.decode("utf-8").split("\n") if line and not line.startswith("#version")]
+      lines = [
+        line for line in merges.decode("utf-8").split("\n") if line and not line.startswith("#version")
+      ]
       pairs = [tuple(line.rstrip("\r").split(" ")) for line in lines]
       tokenizer = library.Tokenizer(library.models.BPE(vocab=pieces, merges=pairs))
     except Exception as error:  # the library raises plain Exception
-      raise DataError(f"not GPT-2's vocabulary and merges ({error}); give vocab.json and merges.txt") from error
+      raise DataError(
+        f"not GPT-2's vocabulary and merges ({error}); give vocab.json and merges.txt"
+      ) from error
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
     special = [piece for piece in (END_OF_TEXT,) if piece in pieces]
@@ -141,7 +149,9 @@ class JsonTokenizer(_LibraryTokenizer):
     try:
       tokenizer = library.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the library raises plain Exception
-      raise DataError(f"not a tokenizer.json ({error}); give one, or a folder of vocab.json and merges.txt") from error
+      raise DataError(
+        f"not a tokenizer.json ({error}); give one, or a folder of vocab.json and merges.txt"
+      ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     super().__init__(tokenizer, {"tokenizer.json": content}, end_of_text)
@@ -176,7 +186,9 @@ class Llama2CTokenizer:
       scores.append(score)
       offset += 8 + size
     if len(pieces) < 259:
-      raise DataError(f"llama2.c tokenizer has {len(pieces)} pieces, fewer than the 259 of bytes and control ids")
+      raise DataError(
+        f"llama2.c tokenizer has {len(pieces)} pieces, fewer than the 259 of bytes and control ids"
+      )
     self._content, self._pieces, self._scores = content, pieces, scores
     self._ids = {piece: id for id, piece in reversed(list(enumerate(pieces))) if id >= self.first_byte_id}
     self.vocab_size = len(pieces)

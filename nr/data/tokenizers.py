@@ -111,12 +111,16 @@ class SentencePieceTokenizer:
     try:
       self._processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
-      raise DataError(f"not a SentencePiece model ({str(error).splitlines()[0]}); give a .model file") from error
+      raise DataError(
+        f"not a SentencePiece model ({str(error).splitlines()[0]}); give a .model file"
+      ) from error
     self.vocab_size = self._processor.vocab_size()
     self.end_of_text_id = self._processor.eos_id() if end_of_text_id is None else end_of_text_id
     if not 0 <= self.end_of_text_id < self.vocab_size:
-      raise DataError(f"end_of_text_id={self.end_of_text_id} is no id of this SentencePiece model; "
-                      f"give one in 0..{self.vocab_size - 1}")
+      raise DataError(
+        f"end_of_text_id={self.end_of_text_id} is no id of this SentencePiece model; "
+        f"give one in 0..{self.vocab_size - 1}"
+      )
     self.fingerprint = fingerprint_of(self.kind, self.end_of_text_id, {"tokenizer.model": model})
     spelled = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode("utf-8")]
     self._space_mark_ids = None if any(map(self._processor.is_unknown, spelled)) else spelled
@@ -132,8 +136,9 @@ class SentencePieceTokenizer:
         ids += self._space_mark_ids + self._processor.encode(segment)
       return ids
     except UnicodeEncodeError as error:
-      raise DataError(f"text holds a lone surrogate at character {error.start}, which UTF-8 cannot write; "
-                      "correct the text") from error
+      raise DataError(
+        f"text holds a lone surrogate at character {error.start}, which UTF-8 cannot write; correct the text"
+      ) from error
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of ids; control ids such as end of text give nothing."""

@@ -11,8 +11,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from nr.data.bad_records import DataError, nearest
+from nr.data.bad_records import DataError
 from nr.data.token_dataset import TokenDataset
+from nr.names import unknown
 
 NO_LABEL = 65_535
 SHIFTS = ("none", "sample", "epoch")
@@ -63,15 +64,19 @@ class WindowSource:
     if tail not in ("drop", "pad"):
       raise DataError(f"tail={tail!r} must be 'drop' or 'pad'")
     if labels is not None and len(labels) != dataset.num_tokens:
-      raise DataError(f"labels cover {len(labels)} tokens, {dataset.directory} has {dataset.num_tokens}; "
-                      "label this dataset again")
+      raise DataError(
+        f"labels cover {len(labels)} tokens, {dataset.directory} has {dataset.num_tokens}; "
+        "label this dataset again"
+      )
     self.dataset, self.length, self.labels = dataset, length, labels
     self.reset_at_documents, self.with_documents = reset_at_documents, with_documents
     whole, rest = divmod(dataset.num_tokens, length)
     self._count = whole + (tail == "pad" and rest >= 2)
     if self._count == 0:
-      raise DataError(f"length={length} is more than the {dataset.num_tokens} tokens of {dataset.directory}; "
-                      "choose a shorter window or give more text")
+      raise DataError(
+        f"length={length} is more than the {dataset.num_tokens} tokens of {dataset.directory}; "
+        "choose a shorter window or give more text"
+      )
 
   def __len__(self) -> int:
     return self._count
@@ -150,12 +155,14 @@ def shuffled_batches(
       over the processes, an unknown shift.
   """
   if shift not in SHIFTS:
-    raise DataError(f"shift={shift!r} is unknown: {nearest(shift, SHIFTS)}")
-  rows = _rows_per_process(batch_size, process_index, process_count)
+    raise DataError(unknown("shift", shift, SHIFTS))
+  rows = rows_per_process(batch_size, process_index, process_count)
   count = len(source)
   if count < batch_size:
-    raise DataError(f"batch_size={batch_size} is more than the {count} windows of the training split; "
-                    "lower batch_size or the window length, or give more text")
+    raise DataError(
+      f"batch_size={batch_size} is more than the {count} windows of the training split; "
+      "lower batch_size or the window length, or give more text"
+    )
   read = _reader(source, seed, shift)
   order = grain.MapDataset.range(count).seed(seed).shuffle().repeat(epochs)
   windows = order.map_with_index(lambda index, window: read(index // count, int(window)))
@@ -182,7 +189,7 @@ def _reader(source: Any, seed: int, shift: str) -> Callable[[int, int], Batch]:
   return read
 
 
-def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
+def rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
   """Returns batch_size / process_count. Raises DataError where it is not whole."""
   if batch_size < 1 or batch_size % process_count:
     raise DataError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes")
@@ -215,8 +222,9 @@ def ordered_batches(
   Raises:
     DataError: a batch that does not divide over the processes.
   """
-  return OrderedBatches(source, _rows_per_process(batch_size, process_index, process_count),
-                        process_index, process_count)
+  return OrderedBatches(
+    source, rows_per_process(batch_size, process_index, process_count), process_index, process_count
+  )
 
 
 class OrderedBatches:

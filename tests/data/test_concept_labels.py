@@ -14,9 +14,17 @@ from nr.objectives import attribution
 
 def make_header(**changes):
   fields = {
-    "teacher": "t0", "autoencoder": "s0", "tokenizer": "k0", "dataset": "d0", "layer": 1,
-    "attribution": {"k_attr": 4, "sign": "paper"}, "window": 8, "stride": 8, "num_concepts": 50,
-    "num_tokens": 43, **changes,
+    "teacher": "t0",
+    "autoencoder": "s0",
+    "tokenizer": "k0",
+    "dataset": "d0",
+    "layer": 1,
+    "attribution": {"k_attr": 4, "sign": "paper"},
+    "window": 8,
+    "stride": 8,
+    "num_concepts": 50,
+    "num_tokens": 43,
+    **changes,
   }
   return LabelHeader(**fields)
 
@@ -90,13 +98,17 @@ def test_24_a_cache_made_with_something_else_is_refused(tmp_path, field, value):
   write(LabelWriter(tmp_path, header))
   other = dataclasses.replace(header, **{field: value})
   was = header.to_dict()[field]
-  with pytest.raises(DataError, match=f"field '{field}': labels were made with {was!r}, expected {value!r}; lab"):
+  with pytest.raises(
+    DataError, match=f"field '{field}': labels were made with {was!r}, expected {value!r}; lab"
+  ):
     LabelCache.open(tmp_path, other)
 
 
 def test_24_attribution_variant_is_compared_field_by_field(tmp_path):
   write(LabelWriter(tmp_path, make_header()))
-  with pytest.raises(DataError, match="field 'attribution.sign': labels were made with 'paper', expected 'abs'"):
+  with pytest.raises(
+    DataError, match="field 'attribution.sign': labels were made with 'paper', expected 'abs'"
+  ):
     LabelCache.open(tmp_path, {"attribution": {"sign": "abs"}})
 
 

@@ -105,7 +105,7 @@ def _mix_by_gather(values_BLK: jax.Array, indices_BLK: jax.Array, kernel_CD: jax
   return (values_BLK[..., None] * rows_BLKD).sum(axis=-2)
 
 
-def _predict_whole(u_BLD, kernel_DC, bias_C, labels_BLA, k, top_k_impl, intervention=None) -> ConceptPrediction:
+def _predict_whole(u_BLD, kernel_DC, bias_C, labels_BLA, k, top_k_impl, intervention) -> ConceptPrediction:
   z_BLC = concept_logits(u_BLD, kernel_DC, bias_C)
   log_normalizer_BL = jax.nn.logsumexp(z_BLC, axis=-1)
   label_logits_BLA = jnp.take_along_axis(z_BLC, _safe_labels(labels_BLA, z_BLC.shape[-1]), axis=-1)

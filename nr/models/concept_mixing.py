@@ -19,7 +19,7 @@ from flax import nnx
 
 from nr.models.attention import AttentionInputs, default_positions
 from nr.models.cache import KVCache, count_tokens
-from nr.models.concept_head import ConceptPrediction, mix_concepts, predict_concepts
+from nr.models.concept_head import ConceptPrediction, concept_logits, mix_concepts, predict_concepts
 from nr.models.concept_intervention import ConceptIntervention
 from nr.models.concept_mixing_spec import ConceptMixingSpec
 from nr.models.concept_readout import run_last_block
@@ -121,20 +121,27 @@ class ConceptPath(nnx.Module):
     intervention: ConceptIntervention | None = None,
   ) -> ConceptPrediction:
     """Predicts concepts from the stream [B, L, D]; see `predict_concepts`."""
-    mean_BL1, std_BL1 = self._statistics(h_BLD)
-    u_BLD = (h_BLD.astype(jnp.float32) - mean_BL1) / (std_BL1 + self._epsilon)
-    u_BLD = u_BLD - self.pre_bias[...].astype(jnp.float32)
     is_chunked = self.spec.head_impl == "fused" and self.spec.chunk_length > 0
     return predict_concepts(
-      u_BLD.astype(self.dtype),
-      self.head.kernel[...].astype(self.dtype),
-      self.head.bias[...].astype(jnp.float32),
+      *self._head_operands(h_BLD),
       k=self.spec.top_k,
       labels_BLA=labels_BLA,
       intervention=intervention,
       top_k_impl=self.spec.top_k_impl,
       chunk_length=self.spec.chunk_length if is_chunked else None,
     )
+
+  def logits(self, h_BLD: jax.Array) -> jax.Array:
+    """Returns all concept logits, float32 [B, L, C]: for probes and small models."""
+    return concept_logits(*self._head_operands(h_BLD))
+
+  def _head_operands(self, h_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the normalised stream, the kernel and the bias."""
+    mean_BL1, std_BL1 = self._statistics(h_BLD)
+    u_BLD = (h_BLD.astype(jnp.float32) - mean_BL1) / (std_BL1 + self._epsilon)
+    u_BLD = u_BLD - self.pre_bias[...].astype(jnp.float32)
+    kernel_DC, bias_C = self.head.kernel[...], self.head.bias[...]
+    return u_BLD.astype(self.dtype), kernel_DC.astype(self.dtype), bias_C.astype(jnp.float32)
 
   def mix(self, h_BLD: jax.Array, prediction: ConceptPrediction) -> jax.Array:
     """Returns the continuous concepts [B, L, D], in the type and at the scale of the stream."""
@@ -173,8 +180,7 @@ def interleave(first_BLD: jax.Array, second_BLD: jax.Array) -> jax.Array:
 
 def double_rows(attention: AttentionInputs) -> AttentionInputs:
   """Gives each concept row the position and the segment of its token."""
-  repeat = lambda array_BL: None if array_BL is None else jnp.repeat(array_BL, 2, axis=1)
-  return AttentionInputs(repeat(attention.positions_BL), repeat(attention.segment_ids_BL))
+  return jax.tree.map(lambda array_BL: jnp.repeat(array_BL, 2, axis=1), attention)
 
 
 class ConceptMixingTransformer(nnx.Module):
@@ -225,7 +231,7 @@ class ConceptMixingTransformer(nnx.Module):
     attention = AttentionInputs(positions_BL, segment_ids_BL)
     insert_at = self.concept_spec.insert_at
     x_BLD, _ = self.transformer.run_blocks(x_BLD, 0, insert_at, attention=attention, key=block_key)
-    x_BLD, attention, concepts = self._insert(x_BLD, attention, labels_BLA, intervention)
+    x_BLD, attention, concepts = self.insert(x_BLD, attention, labels_BLA, intervention)
     x_BLD = self._run_upper(x_BLD, attention, block_key)
     return ConceptMixingOutput(self.transformer.final_norm(x_BLD), concepts)
 
@@ -237,14 +243,19 @@ class ConceptMixingTransformer(nnx.Module):
     """Returns float32 next-token logits [B, L, V]; settings as of `forward`."""
     return self.logits(self.hidden(tokens_BL, **settings))
 
-  def _insert(
+  def insert(
     self,
     x_BLD: jax.Array,
     attention: AttentionInputs,
     labels_BLA: jax.Array | None = None,
     intervention: ConceptIntervention | None = None,
   ) -> tuple[jax.Array, AttentionInputs, ConceptPrediction | None]:
-    """Returns what enters block `insert_at`, its attention inputs, and the predictions."""
+    """Turns the stream that arrives at the insertion into the one that enters block `insert_at`.
+
+    Returns:
+      The stream ([B, 2L, D] when concepts have rows), the attention inputs of its
+      rows, and the predictions (None in mode "none").
+    """
     spec = self.concept_spec
     if intervention is not None and not spec.is_mixing:
       raise ValueError(f"intervention: mode {spec.mode!r} mixes no concepts, so that it would change nothing")
@@ -299,7 +310,7 @@ class ConceptMixingTransformer(nnx.Module):
     insert_at = self.concept_spec.insert_at
     x_BLD = self.transformer.embed(tokens_BL, positions_BL)
     x_BLD, lower = self.transformer.run_blocks(x_BLD, 0, insert_at, attention=attention, cache=cache.lower)
-    x_BLD, attention, _ = self._insert(x_BLD, attention, intervention=intervention)
+    x_BLD, attention, _ = self.insert(x_BLD, attention, intervention=intervention)
     x_BLD, upper = self.transformer.run_blocks(x_BLD, insert_at, attention=attention, cache=cache.upper)
     if self.concept_spec.is_interleaving:
       x_BLD = x_BLD[:, 1::2]

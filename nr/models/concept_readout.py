@@ -5,6 +5,8 @@ and values there, but their queries, output projection and MLP would be thrown
 away: leaving them out is exact and saves 10 of the block's 12 D^2 products a token.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -56,7 +58,7 @@ def run_last_block(
   return rematerialise(step, spec.remat, is_scanned=False)(state, x_BMD, layer_key)
 
 
-def _run_block(block: Block, x_BMD: jax.Array, attention: AttentionInputs, key: jax.Array | None) -> jax.Array:
+def _run_block(block: Block, x_BMD: jax.Array, attention: AttentionInputs, key: Any) -> jax.Array:
   keys = (None, None, None) if key is None or block.dropout == 0 else jax.random.split(key, 3)
   mixed_BLD = _attend(block, block.attention_norm(x_BMD), attention, keys[0])
   x_BLD = x_BMD[:, 1::2] + drop(mixed_BLD, block.dropout, keys[1])

@@ -108,9 +108,7 @@ def make_train_step(
 
   def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, Weighted]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    sums, output = accumulate(
-      method, state.params, frozen, state.extra, batch, key, accumulation, mesh
-    )
+    sums, output = accumulate(method, state.params, frozen, state.extra, batch, key, accumulation, mesh)
     weight = output.loss.weight.astype(jnp.float32)
     scale = jnp.where(weight == 0, 0.0, 1.0 / jnp.where(weight == 0, 1.0, weight))
     gradients = jax.tree.map(lambda g: g * scale, sums)
@@ -128,6 +126,4 @@ def make_train_step(
   if mesh is None:
     return jax.jit(step, donate_argnums=0)
   placed = state_shardings(method, abstract_state(method, optimizer), mesh)
-  return jax.jit(
-    step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec()))
-  )
+  return jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))

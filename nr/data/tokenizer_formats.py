@@ -33,8 +33,9 @@ def load(path: pathlib.Path, end_of_text: int | str | None = None) -> Tokenizer:
   elif path.suffix == ".bin":
     return Llama2CTokenizer(_read(path))
   raise DataError(
-    f"tokenizer.path={str(path)!r} holds no tokenizer that is known; give a SentencePiece .model, a tokenizer.json, "
-    "llama2.c's .bin, or a folder with tokenizer.model, tokenizer.json, or *vocab.json and *merges.txt (.gz too)"
+    f"tokenizer.path={str(path)!r} holds no tokenizer that is known; give a SentencePiece .model, "
+    "a tokenizer.json, llama2.c's .bin, or a folder with tokenizer.model, tokenizer.json, or *vocab.json "
+    "and *merges.txt (.gz too)"
   )
 
 

@@ -264,8 +264,11 @@ def load_tokenizer(path: str | pathlib.Path, end_of_text: int | str | None = Non
     raise DataError(f"tokenizer.path={str(path)!r}: no such file or folder; give a tokenizer file or folder")
   settings = {}
   if (path / SETTINGS_FILE).is_file():
-    settings = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
-    end_of_text = settings["end_of_text_id"]
+    try:
+      settings = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
+      end_of_text = settings["end_of_text_id"]
+    except (ValueError, KeyError, TypeError) as error:
+      raise DataError(f"{path / SETTINGS_FILE} is damaged ({error!r}); save the tokenizer again") from error
   if path.is_file() and path.suffix == ".model":
     tokenizer = SentencePieceTokenizer(path.read_bytes(), _as_id(path.read_bytes(), end_of_text))
   elif (path / "tokenizer.model").is_file():

@@ -91,12 +91,10 @@ def test_json_lines_parquet_and_folders(tmp_path):
     Document("a:2", "second\n"),
   ]
   pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs the extra [text]")
-  import pyarrow.parquet
+  parquet = pytest.importorskip("pyarrow.parquet")
 
   (tmp_path / "deeper").mkdir()
-  pyarrow.parquet.write_table(
-    pyarrow.table({"body": ["p", "q"], "other": [1, 2]}), tmp_path / "deeper" / "c.parquet"
-  )
+  parquet.write_table(pyarrow.table({"body": ["p", "q"], "other": [1, 2]}), tmp_path / "deeper" / "c.parquet")
   (tmp_path / "ignored.md").write_text("not read")
   assert [document.id for document in documents(corpus)] == ["x", "a:2", "b:1", "deeper/c:0", "deeper/c:1"]
   with pytest.raises(DataError, match="c.parquet, row 0, field 'text'.*body, other.*corpus.text_field"):

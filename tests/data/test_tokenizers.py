@@ -95,6 +95,13 @@ def test_changed_files_are_noticed(trained, tmp_path):
     load_tokenizer(tmp_path)
 
 
+def test_damaged_settings_are_named(trained, tmp_path):
+  trained.save(tmp_path)
+  (tmp_path / "nr_tokenizer.json").write_text("{}")
+  with pytest.raises(DataError, match="nr_tokenizer.json is damaged"):
+    load_tokenizer(tmp_path)
+
+
 def test_a_given_model_file_and_its_end_of_text(trained, tmp_path):
   path = tmp_path / "given.model"
   path.write_bytes(trained._model)

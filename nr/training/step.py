@@ -119,7 +119,7 @@ def make_train_step(
     one = jnp.ones((), jnp.float32)
     metrics = dict(output.metrics)
     metrics["loss"] = output.loss
-    metrics["gradient_norm"] = Weighted(optax.global_norm(gradients), one)
+    metrics["gradient_norm"] = Weighted(optax.tree.norm(gradients), one)
     metrics["learning_rate"] = Weighted(optimizer.learning_rate(state.step), one)
     return TrainState(state.step + 1, params, opt_state, extra), metrics
 

@@ -1,0 +1,115 @@
+"""Compiles train steps ahead of time for a v5e:2x4 slice and prints what the compiler says.
+
+Run by test_tpu_compile.py in a process of its own, since libtpu must be set up
+before jax is imported: python compile_for_tpu.py tiny|paper MODE...
+One JSON object a compiled program on standard output; the compiler's messages
+of each program follow a line "=== name" on standard error.
+"""
+
+import json
+import os
+import re
+import sys
+
+os.environ.update(
+  JAX_PLATFORMS="cpu",
+  TPU_SKIP_MDS_QUERY="1",
+  TPU_ACCELERATOR_TYPE="v5litepod-8",
+  TPU_WORKER_HOSTNAMES="localhost",
+  TF_CPP_MIN_LOG_LEVEL="0",
+)
+# A program from the cache would come without the messages that the tests look for.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from nr.models.concept_mixing import ConceptMixingSpec  # noqa: E402
+from nr.models.transformer import TransformerSpec  # noqa: E402
+from nr.recipes.cocomix.method import cocomix_method  # noqa: E402
+from nr.training import sharding  # noqa: E402
+from nr.training.defaults import get_training_config  # noqa: E402
+from nr.training.model_files import ConceptMixingModelSpec  # noqa: E402
+from nr.training.next_token import next_token_method  # noqa: E402
+from nr.training.optimizers import make_optimizer  # noqa: E402
+from nr.training.state import abstract_state, state_shardings  # noqa: E402
+from nr.training.step import make_train_step  # noqa: E402
+
+MODES = {"dp": (8, 1, 1), "fsdp": (1, 8, 1), "tp": (1, 1, 8), "fsdp+tp": (1, 2, 4)}
+# num_layers, model_dim, vocab_size, num_concepts, insert_at, rows, length.
+# The paper's 69M student (arXiv 2502.08524), vocabulary padded to a multiple of 128.
+SIZES = {"tiny": (4, 256, 1024, 1024, 1, 16, 128), "paper": (8, 512, 50304, 32768, 3, 64, 1024)}
+
+
+def collectives(text: str) -> dict[str, int]:
+  """Counts collectives in compiled HLO; a reduce-scatter is a fusion of its own name on TPU."""
+  names = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+  counts = {name: len(re.findall(rf"\s{name}(?:-start)?\(", text)) for name in names}
+  counts["reduce-scatter"] += len(re.findall(r"^%all-reduce-scatter", text, re.M))
+  return counts
+
+
+def make_method(name: str, size: str):
+  layers, dim, vocab, concepts, insert_at, _, length = SIZES[size]
+  spec = TransformerSpec.gpt2(
+    vocab_size=vocab,
+    num_layers=layers,
+    model_dim=dim,
+    num_heads=8,
+    max_length=length,
+    dtype="bfloat16",
+    remat="full",
+    attention="dot_product",
+  )
+  if name == "next_token":
+    return next_token_method(spec, loss_chunk=4096)
+  concept_spec = ConceptMixingSpec(insert_at=insert_at, num_concepts=concepts)
+  return cocomix_method(ConceptMixingModelSpec(spec, concept_spec), loss_weight=0.1, loss_chunk=4096)
+
+
+def compile_step(method, size: str, mesh, is_constrained: bool):
+  *_, rows, length = SIZES[size]
+  optimizer = make_optimizer(get_training_config(), method)
+  state = abstract_state(method, optimizer)
+  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+  state = jax.tree.map(place, state, state_shardings(method, state, mesh))
+  shapes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+  batch = {name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in shapes.items()}
+  if method.name == "cocomix":
+    batch["labels"] = jax.ShapeDtypeStruct((rows, length, 4), jnp.int32)
+  batch = {name: place(leaf, sharding.batch_sharding(mesh)) for name, leaf in batch.items()}
+  step = make_train_step(method, optimizer, mesh=mesh)
+  if not is_constrained:
+    return step.lower(state, {}, batch).compile()
+  with sharding.context(mesh):
+    return step.lower(state, {}, batch).compile()
+
+
+def main() -> None:
+  size, *modes = sys.argv[1:]
+  devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+  for mode in modes:
+    mode, _, unconstrained = mode.partition(":")
+    data, fsdp, tensor = MODES[mode]
+    config = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": 1}
+    mesh = sharding.make_mesh(config, devices)
+    for name in ("next_token", "cocomix"):
+      method = make_method(name, size)
+      print(f"=== {name} {mode}{':' + unconstrained if unconstrained else ''}", file=sys.stderr, flush=True)
+      compiled = compile_step(method, size, mesh, is_constrained=not unconstrained)
+      memory = compiled.memory_analysis()
+      report = {
+        "method": name,
+        "mode": mode,
+        "collectives": collectives(compiled.as_text()),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "unconstrained": bool(unconstrained),
+      }
+      print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+  main()

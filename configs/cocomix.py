@@ -114,7 +114,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
   config.students = ConfigDict(
     {
       "seeds": (0,),
-      # 140 wide, the baseline has as many parameters as CoCoMix activates (base + (C + k) d).
+      # 136 wide, the baseline has 1,191,088 parameters; CoCoMix activates 1,204,992 (base + (C + k) d).
       "ntp": {"model": _model(num_layers=4, model_dim=136, num_heads=4)},
       "cocomix": {
         "model": _model(num_layers=4, model_dim=128, num_heads=4),
@@ -141,6 +141,8 @@ def get_config(variant: str = "tiny") -> ConfigDict:
       "num_concepts": 3,  # concepts swept
       "table_concepts": 20,  # concepts listed with their contexts
       "contexts": 5,  # contexts listed for each
+      "max_windows": 512,  # validation windows searched for contexts; 0: all
+      "max_density": 0.1,  # concepts that fire on more of the tokens are not swept
       "context_tokens": 12,  # tokens to the left and right of an activation
       "mode": "force",
       "strengths": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),

@@ -15,10 +15,10 @@ import sys
 import traceback
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from nr.recipes import stages
+from nr.training import guards
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe config, as path.py or path.py:variant; fields by --config.field=value."
@@ -28,15 +28,25 @@ _STAGE = flags.DEFINE_string("stage", None, "Run this stage alone; its inputs mu
 
 
 def log_to(path: pathlib.Path) -> None:
-  """Sends log lines to the run directory's log.txt as well as to the terminal."""
+  """Sends log lines to the terminal and to the run directory's log.txt.
+
+  Other packages report every phase of every save at INFO level, through the
+  same logger as ours; of theirs only warnings pass.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
-  handler = logging.FileHandler(path)
-  handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-  logging.getLogger().addHandler(handler)
-  logging.getLogger().setLevel(logging.INFO)
-  # Orbax reports every phase of every save at INFO level; its warnings stay.
-  for chatty in ("orbax", "jax", "matplotlib", "PIL"):
-    logging.getLogger(chatty).setLevel(logging.WARNING)
+  ours = str(pathlib.Path(__file__).parent)
+  logger = logging.getLogger()
+  logger.handlers.clear()
+  logger.setLevel(logging.INFO)
+  for handler, layout in (
+    (logging.StreamHandler(), "%(asctime)s %(message)s"),
+    (logging.FileHandler(path), "%(asctime)s %(levelname)s %(module)s: %(message)s"),
+  ):
+    handler.setFormatter(logging.Formatter(layout, datefmt="%H:%M:%S"))
+    handler.addFilter(lambda line: line.pathname.startswith(ours) or line.levelno >= logging.WARNING)
+    logger.addHandler(handler)
+  logging.getLogger("absl").handlers.clear()
+  logging.getLogger("absl").propagate = True
 
 
 def run(config, workdir: pathlib.Path, stage: str | None = None) -> dict[str, stages.Artifact]:
@@ -61,10 +71,12 @@ def main(argv: list[str]) -> int:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}; everything is given by --flags")
   workdir = pathlib.Path(_WORKDIR.value)
-  absl_logging.use_absl_handler()
   log_to(workdir / "log.txt")
   try:
     run(_CONFIG.value, workdir, _STAGE.value)
+  except guards.Interrupted as stop:  # the loop has saved its state
+    print(stop.message, file=sys.stderr)
+    return stop.code
   except KeyboardInterrupt:
     print("\nStopped. The same command continues where it left off.", file=sys.stderr)
     return 130

@@ -21,7 +21,7 @@ Batch = dict[str, np.ndarray]
 
 
 class WindowSource:
-  """Windows of `length` tokens, stride `length`, as a random access source.
+  """Windows of `length` tokens as a random access source, one after the other by default.
 
   An element is a dict of
     tokens [L] int32; targets [L] int32, the next tokens (last one: weight 0);
@@ -43,6 +43,9 @@ class WindowSource:
     tail: "drop" the last, shorter window (training) or "pad" it with tokens 0 of
       weight 0 (evaluation). A tail of one token has nothing to score, and is dropped.
     with_documents: add `documents`.
+    overlap: tokens that a window shares with the one before it. With 1, a window's
+      first token is a target of the window before, so that every token of the
+      stream but the very first is scored exactly once.
 
   Raises:
     DataError: a corpus shorter than a window (under "drop"), labels of another
@@ -58,6 +61,7 @@ class WindowSource:
     *,
     tail: str = "drop",
     with_documents: bool = False,
+    overlap: int = 0,
   ):
     if length < 2:
       raise DataError(f"length={length} must be at least 2: a window of one token has no target")
@@ -70,7 +74,11 @@ class WindowSource:
       )
     self.dataset, self.length, self.labels = dataset, length, labels
     self.reset_at_documents, self.with_documents = reset_at_documents, with_documents
-    whole, rest = divmod(dataset.num_tokens, length)
+    if not 0 <= overlap < length:
+      raise DataError(f"overlap={overlap} must lie between 0 and length - 1 = {length - 1}")
+    self.stride = length - overlap
+    whole = max(0, (dataset.num_tokens - length) // self.stride + 1)
+    rest = dataset.num_tokens - whole * self.stride
     self._count = whole + (tail == "pad" and rest >= 2)
     if self._count == 0:
       raise DataError(
@@ -85,7 +93,7 @@ class WindowSource:
     """Returns window `index`. Raises IndexError outside 0 .. len - 1."""
     if not 0 <= index < self._count:
       raise IndexError(f"window {index} of {self._count}")
-    return self.window(int(index) * self.length)
+    return self.window(int(index) * self.stride)
 
   def window(self, start: int) -> Batch:
     """Returns the window that begins at token `start` of the stream, padded at its end."""
@@ -184,7 +192,7 @@ def _reader(source: Any, seed: int, shift: str) -> Callable[[int, int], Batch]:
       moved = np.random.default_rng([seed, epoch]).integers(0, length)
     else:
       moved = np.random.default_rng([seed, epoch, window]).integers(0, length + 1)
-    return source.window(min(window * length + int(moved), last))
+    return source.window(min(window * source.stride + int(moved), last))
 
   return read
 

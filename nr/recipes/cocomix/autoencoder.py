@@ -39,10 +39,10 @@ def run(context: StageContext) -> Artifact:
   return {
     "model": context.relative(directory),
     "fingerprint": fingerprint,
-    "metrics": context.relative(context.directory / "metrics.jsonl"),
+    "directory": context.relative(context.directory),
     "density": context.relative(context.directory / "log10_density.npy"),
     "train_tokens": training.steps * training.batch_size,
-    "tokens_per_second": result.summary["tokens_per_second"],
+    "tokens_per_second": result.summary.get("tokens_per_second"),
     "dead_fraction": sae_metrics.dead_fraction(np.asarray(extra["tokens_since_fired"]), spec.dead_tokens),
     **{name: metrics[name] for name in REPORTED},
     "all_metrics": metrics,

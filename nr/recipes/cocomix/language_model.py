@@ -68,12 +68,12 @@ def train_language_model(
   return {
     "model": context.relative(directory / "model"),
     "fingerprint": fingerprint,
-    "metrics": context.relative(directory / "metrics.jsonl"),
+    "directory": context.relative(directory),
     "params": count_parameters(result.state.params),
     "train_tokens": training.steps * training.batch_size * source.length,
     "scored_train_tokens": training.steps * training.batch_size * scored,
     "train_flops_per_token": flops,
-    "tokens_per_second": result.summary["tokens_per_second"],
+    "tokens_per_second": result.summary.get("tokens_per_second"),
     "summary": result.summary,
   }
 

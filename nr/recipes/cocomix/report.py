@@ -1,0 +1,129 @@
+"""Stage `report`: report.json for programs, report.md and plots for people."""
+
+import platform
+import subprocess
+from typing import Any
+
+import jax
+import numpy as np
+
+from nr.evaluation import plots
+from nr.evaluation.statistics import Interval
+from nr.recipes.cocomix import report_text
+from nr.recipes.cocomix.students import KINDS, run_name
+from nr.recipes.stages import Artifact, StageContext, read_manifest, versions, write_json
+from nr.training.writers import read_metrics
+
+STUDENT_FIELDS = (
+  "params", "activated_params", "train_tokens", "tokens_per_second", "train_flops_per_token", "forward_flops_per_token",
+)  # fmt: skip
+
+
+def run(context: StageContext) -> Artifact:
+  """Gathers every stage's numbers into the report."""
+  report = gather(context)
+  report["plots"] = draw(context, report)
+  write_json(context.workdir / "report.json", report)
+  (context.workdir / "report.md").write_text(report_text.render(report))
+  return {"report": "report.json", "text": "report.md", "plots": report["plots"]}
+
+
+def gather(context: StageContext) -> dict[str, Any]:
+  """Returns the content of report.json."""
+  inputs, config = context.inputs, context.config
+  manifest = read_manifest(context.workdir)
+  seed = inputs["students"]["seeds"][0]
+  students = {kind: student(inputs, run_name(kind, seed)) for kind in KINDS}
+  return {
+    "recipe": config.recipe,
+    "variant": config.variant,
+    "corpus": inputs["tokenizer"]["corpus"],
+    "tokenizer": {key: inputs["tokenizer"][key] for key in ("fingerprint", "vocab_size")},
+    "teacher": {key: value for key, value in inputs["teacher"].items() if key != "summary"},
+    "sae": inputs["sae"],
+    "labels": inputs["labels"],
+    "students": students,
+    "comparison": {
+      "difference": inputs["evaluate"]["differences"][str(seed)],
+      "seeds": inputs["students"]["seeds"],
+      "over_seeds": inputs["evaluate"]["over_seeds"],
+      "differences_by_seed": inputs["evaluate"]["differences"],
+      "flops_ratio": students["cocomix"]["train_flops_per_token"] / students["ntp"]["train_flops_per_token"],
+      "speed_ratio": ratio(students["ntp"]["tokens_per_second"], students["cocomix"]["tokens_per_second"]),
+    },
+    "steering": inputs["steer"],
+    "environment": environment(),
+    "seconds": {name: entry["seconds"] for name, entry in manifest.items() if name != "report"},
+  }
+
+
+def student(inputs: Any, name: str) -> dict[str, Any]:
+  """Returns the report's entry of one student: sizes and speed of training, scores of evaluation."""
+  trained = inputs["students"]["runs"][name]
+  return {**{field: trained[field] for field in STUDENT_FIELDS}, **inputs["evaluate"]["runs"][name]}
+
+
+def ratio(first: float | None, second: float | None) -> float | None:
+  """Returns first / second, None where a resumed run measured no speed."""
+  return first / second if first and second else None
+
+
+def environment() -> dict[str, Any]:
+  """Returns versions, device and, in a checkout, the commit."""
+  commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+  return {
+    "versions": versions(),
+    "python": platform.python_version(),
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "commit": commit.stdout.strip() or None,
+  }
+
+
+def draw(context: StageContext, report: dict[str, Any]) -> list[str]:
+  """Draws every plot and returns their paths relative to the run directory."""
+  folder = context.workdir / "plots"
+  inputs = context.inputs
+  seed = inputs["students"]["seeds"][0]
+  runs = {kind: inputs["students"]["runs"][run_name(kind, seed)] for kind in KINDS}
+  curves = {
+    "teacher": curve(context, inputs["teacher"], "next_token_loss"),
+    **{kind: curve(context, run, "next_token_loss") for kind, run in runs.items()},
+  }
+  nats = {"x_label": "step", "y_label": "nats a token"}
+  plots.plot_curves(folder / "language_models.png", curves, title="Training loss (next token)", **nats)
+  concept = {"concept loss": curve(context, runs["cocomix"], "concept_loss")}
+  plots.plot_curves(folder / "concept_loss.png", concept, title="Concept loss of the CoCoMix student", **nats)
+  sae_curves = {"fraction of variance unexplained": curve(context, inputs["sae"], "fvu")}
+  plots.plot_curves(
+    folder / "sae.png", sae_curves, title="Sparse autoencoder", x_label="step", y_label="FVU of the batch",
+    logarithmic=True,
+  )  # fmt: skip
+  bars = {kind: Interval(entry["val_ppl"], *entry["ppl_ci95"]) for kind, entry in report["students"].items()}
+  plots.plot_intervals(folder / "perplexity.png", bars, title="Validation perplexity, 95 % interval", y_label="perplexity")
+  density = np.load(context.path(inputs["sae"]["density"]), allow_pickle=False)
+  plots.plot_histogram(
+    folder / "sae_density.png", density, title="How often latents fire", x_label="log10 fraction of tokens",
+    y_label="latents",
+  )  # fmt: skip
+  draw_steering(folder, report["steering"]["sweeps"])
+  return sorted(context.relative(path) for path in folder.glob("*.png"))
+
+
+def draw_steering(folder: Any, sweeps: list[dict[str, Any]]) -> None:
+  """Draws cost against strength, a line a concept."""
+  for field, title, label in (
+    ("kl", "Steering moves the next-token distribution", "KL from unsteered, nats"),
+    ("continuation_ppl", "Continuations under the baseline", "perplexity"),
+  ):
+    lines = {}
+    for swept in sweeps:
+      points = [point for point in swept["points"] if point["strength"] is not None]
+      lines[f"concept {swept['concept']}"] = ([p["strength"] for p in points], [p[field] for p in points])
+    plots.plot_curves(folder / f"steering_{field}.png", lines, title=title, x_label="strength", y_label=label)
+
+
+def curve(context: StageContext, artifact: Artifact, metric: str) -> tuple[list[float], list[float]]:
+  """Returns (steps, values) of a metric in a stage's log."""
+  rows = [row for row in read_metrics(context.path(artifact["directory"])) if metric in row]
+  return [row["step"] for row in rows], [row[metric] for row in rows]

@@ -154,7 +154,7 @@ def train_sentencepiece(
   texts: Iterable[str],
   vocab_size: int,
   *,
-  model_type: str = "unigram",
+  model_type: str = "bpe",
   max_bytes: int = 20_000_000,
   character_coverage: float = 0.9995,
 ) -> SentencePieceTokenizer:
@@ -167,7 +167,7 @@ def train_sentencepiece(
   Args:
     texts: the training split, in a fixed order.
     vocab_size: number of ids, at least 259 (256 bytes, two control ids, one piece).
-    model_type: "unigram" or "bpe".
+    model_type: "bpe" (seconds for 10 MB of text) or "unigram" (about 2 % fewer tokens, ten times slower).
     max_bytes: text beyond so many UTF-8 bytes is not looked at.
     character_coverage: fraction of characters with a piece of their own; the
       others are spelled in bytes.

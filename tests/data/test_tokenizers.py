@@ -50,7 +50,7 @@ def test_training_is_deterministic_and_exact_in_size(trained):
   assert again.fingerprint == trained.fingerprint and again.vocab_size == 300
   assert train_sentencepiece(TEXTS, 301).fingerprint != trained.fingerprint
   assert isinstance(trained, Tokenizer) and trained.end_of_text_id == 1
-  assert train_sentencepiece(TEXTS, 300, model_type="bpe").decode([trained.end_of_text_id]) == ""
+  assert train_sentencepiece(TEXTS, 300, model_type="unigram").decode([trained.end_of_text_id]) == ""
 
 
 def test_text_never_encodes_to_the_control_ids(trained, gpt2_style):

@@ -120,6 +120,15 @@ def test_evaluation_scores_every_token_but_the_first_of_each_window_once(dataset
   np.testing.assert_array_equal(scores, expected)
 
 
+@pytest.mark.parametrize("length", [8, 13, 64])
+def test_windows_that_share_a_token_score_every_token_but_the_very_first_once(datasets, length):
+  dataset = datasets["validation"]
+  source = WindowSource(dataset, length, tail="pad", overlap=1)
+  batches = list(ordered_batches(source, 4))
+  targets = np.concatenate([batch["targets"][batch["weights"] > 0] for batch in batches])
+  np.testing.assert_array_equal(targets, dataset.tokens[1:])
+
+
 def test_two_processes_cover_every_window_exactly_once(datasets):
   dataset = datasets["train"]
   places = np.arange(dataset.num_tokens)

@@ -168,6 +168,7 @@ class Checkpointer:
       CheckpointError: one line naming the damaged file or leaf and the newest intact
         step; or the wished step does not exist; or it holds another model.
     """
+    self.wait()
     steps, wish = self.steps(), self._config.restore_step
     for step in self.incomplete_steps():
       logging.warning("the save of step %d was cut short; it is ignored", step)
@@ -187,6 +188,7 @@ class Checkpointer:
 
   def load(self, step: int, like: PyTree, shardings: PyTree | None = None) -> Restored:
     """Restores the state of one step (the best one, say) and nothing else. Raises as `restore`."""
+    self.wait()
     state, content = self._load_or_explain(step, like, shardings)
     return Restored(step, state, content["record"])
 

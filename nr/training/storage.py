@@ -24,8 +24,10 @@ class CheckpointError(RuntimeError):
 
 def one_line(error: BaseException) -> str:
   """Returns the telling part of an error's text, shortened to one line."""
-  text = " ".join(str(error).split()) or type(error).__name__
-  return text if len(text) <= 300 else text[:300] + " ..."
+  while error.__cause__ is not None and not isinstance(error, CheckpointError):
+    error = error.__cause__  # The first cause is the one that names the file.
+  text = " ".join(str(error).split()).split(" See full TensorStore details")[0] or type(error).__name__
+  return text if len(text) <= 400 else text[:400] + " ..."
 
 
 def is_disk_full(error: BaseException | None) -> bool:

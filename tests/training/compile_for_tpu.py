@@ -3,7 +3,8 @@
 Run by test_tpu_compile.py in a process of its own, since libtpu must be set up
 before jax is imported: python compile_for_tpu.py tiny|paper MODE...
 One JSON object a compiled program on standard output; the compiler's messages
-of each program follow a line "=== name" on standard error.
+of each program follow a line "=== name" on standard error. MODE "control" compiles
+a program that the partitioner is known to complain about.
 """
 
 import json
@@ -16,14 +17,20 @@ os.environ.update(
   TPU_SKIP_MDS_QUERY="1",
   TPU_ACCELERATOR_TYPE="v5litepod-8",
   TPU_WORKER_HOSTNAMES="localhost",
-  TF_CPP_MIN_LOG_LEVEL="0",
+  # libtpu writes to files in /tmp/tpu_logs unless told otherwise; 1: warnings.
+  TPU_STDERR_LOG_LEVEL="1",
+  TPU_MIN_LOG_LEVEL="1",
+  TPU_LOG_DIR="disabled",
 )
 # A program from the cache would come without the messages that the tests look for.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from nr.models.concept_mixing import ConceptMixingSpec  # noqa: E402
 from nr.models.transformer import TransformerSpec  # noqa: E402
@@ -36,10 +43,10 @@ from nr.training.optimizers import make_optimizer  # noqa: E402
 from nr.training.state import abstract_state, state_shardings  # noqa: E402
 from nr.training.step import make_train_step  # noqa: E402
 
-MODES = {"dp": (8, 1, 1), "fsdp": (1, 8, 1), "tp": (1, 1, 8), "fsdp+tp": (1, 2, 4)}
+MODES = {"dp": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "tp": (1, 1, 8, 1), "fsdp+tp": (1, 2, 4, 1)}
 # num_layers, model_dim, vocab_size, num_concepts, insert_at, rows, length.
 # The paper's 69M student (arXiv 2502.08524), vocabulary padded to a multiple of 128.
-SIZES = {"tiny": (4, 256, 1024, 1024, 1, 16, 128), "paper": (8, 512, 50304, 32768, 3, 64, 1024)}
+SIZES = {"tiny": (3, 128, 256, 256, 1, 16, 32), "paper": (8, 512, 50304, 32768, 3, 64, 1024)}
 
 
 def collectives(text: str) -> dict[str, int]:
@@ -59,16 +66,17 @@ def make_method(name: str, size: str):
     num_heads=8,
     max_length=length,
     dtype="bfloat16",
-    remat="full",
+    remat="full" if size == "paper" else "none",
     attention="dot_product",
   )
+  loss_chunk = 8192 if size == "paper" else None
   if name == "next_token":
-    return next_token_method(spec, loss_chunk=4096)
+    return next_token_method(spec, loss_chunk=loss_chunk)
   concept_spec = ConceptMixingSpec(insert_at=insert_at, num_concepts=concepts)
-  return cocomix_method(ConceptMixingModelSpec(spec, concept_spec), loss_weight=0.1, loss_chunk=4096)
+  return cocomix_method(ConceptMixingModelSpec(spec, concept_spec), loss_weight=0.1, loss_chunk=loss_chunk)
 
 
-def compile_step(method, size: str, mesh, is_constrained: bool):
+def compile_step(method, size: str, mesh):
   *_, rows, length = SIZES[size]
   optimizer = make_optimizer(get_training_config(), method)
   state = abstract_state(method, optimizer)
@@ -80,33 +88,38 @@ def compile_step(method, size: str, mesh, is_constrained: bool):
     batch["labels"] = jax.ShapeDtypeStruct((rows, length, 4), jnp.int32)
   batch = {name: place(leaf, sharding.batch_sharding(mesh)) for name, leaf in batch.items()}
   step = make_train_step(method, optimizer, mesh=mesh)
-  if not is_constrained:
-    return step.lower(state, {}, batch).compile()
   with sharding.context(mesh):
     return step.lower(state, {}, batch).compile()
+
+
+def compile_control(devices) -> None:
+  """Asks for a change of layout that the partitioner can only do by gathering everything."""
+  mesh = Mesh(np.array(devices).reshape(2, 4), ("a", "b"))
+  before, after = NamedSharding(mesh, P("a", None, None)), NamedSharding(mesh, P(None, "b", None))
+  argument = jax.ShapeDtypeStruct((64, 64, 64), jnp.float32, sharding=before)
+  jax.jit(lambda x: jnp.sin(x * 2), out_shardings=after).lower(argument).compile()
 
 
 def main() -> None:
   size, *modes = sys.argv[1:]
   devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
   for mode in modes:
-    mode, _, unconstrained = mode.partition(":")
-    data, fsdp, tensor = MODES[mode]
-    config = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": 1}
+    if mode == "control":
+      print("=== control", file=sys.stderr, flush=True)
+      compile_control(devices)
+      continue
+    config = dict(zip(("data", "fsdp", "tensor", "sequence"), MODES[mode]))
     mesh = sharding.make_mesh(config, devices)
     for name in ("next_token", "cocomix"):
-      method = make_method(name, size)
-      print(f"=== {name} {mode}{':' + unconstrained if unconstrained else ''}", file=sys.stderr, flush=True)
-      compiled = compile_step(method, size, mesh, is_constrained=not unconstrained)
+      print(f"=== {name} {mode}", file=sys.stderr, flush=True)
+      compiled = compile_step(make_method(name, size), size, mesh)
       memory = compiled.memory_analysis()
       report = {
-        "method": name,
-        "mode": mode,
+        "program": f"{name} {mode}",
         "collectives": collectives(compiled.as_text()),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
-        "unconstrained": bool(unconstrained),
       }
       print(json.dumps(report), flush=True)
 

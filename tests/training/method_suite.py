@@ -77,9 +77,7 @@ def _assert_agree(found, expected, what, rtol, atol):
     scale = max(np.abs(b).max(), 1e-30)
     worst = np.abs(a - b).max() / scale
     limit = rtol + atol / scale
-    assert worst <= limit, (
-      f"{what}: gradient of {trees.full_path(path)} is off by {worst:.2g} of its scale"
-    )
+    assert worst <= limit, f"{what}: gradient of {trees.full_path(path)} is off by {worst:.2g} of its scale"
   for name in expected[1].metrics:
     a, b = found[1].metrics[name], expected[1].metrics[name]
     np.testing.assert_allclose(a.total, b.total, rtol=rtol, atol=1e-4, err_msg=f"{what}: metric {name}")

@@ -56,7 +56,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
     {
       "path": "",  # an existing tokenizer (SentencePiece model, tokenizer.json, GPT-2 files); "" trains one
       "vocab_size": 2048,
-      "model_type": "unigram",  # or "bpe"
+      "model_type": "bpe",  # or "unigram", which trains several times longer
     }
   )
   config.window = ConfigDict(

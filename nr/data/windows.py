@@ -79,7 +79,7 @@ class WindowSource:
     self.stride = length - overlap
     whole = max(0, (dataset.num_tokens - length) // self.stride + 1)
     rest = dataset.num_tokens - whole * self.stride
-    self._count = whole + (tail == "pad" and rest >= 2)
+    self._count = whole + (tail == "pad" and rest > max(1, overlap))
     if self._count == 0:
       raise DataError(
         f"length={length} is more than the {dataset.num_tokens} tokens of {dataset.directory}; "

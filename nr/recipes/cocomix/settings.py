@@ -6,10 +6,12 @@ import jax
 
 from nr import names
 from nr.data.concept_labels import MAX_CONCEPTS
+from nr.models.concept_intervention import InterventionMode
 from nr.models.concept_mixing import ConceptMixingSpec
 from nr.models.sparse_autoencoder import SparseAutoencoderSpec
 from nr.models.transformer import TransformerSpec
 from nr.objectives.attribution import AttributionSpec
+from nr.training import defaults, sharding
 from nr.training.model_files import ConceptMixingModelSpec
 
 FAMILIES = ("gpt2", "llama")
@@ -89,7 +91,18 @@ def validate(config: Any) -> None:
     student_spec(config, kind, vocab_size)
   if not config.students.seeds:
     raise ValueError("students.seeds=() is empty; name at least one seed, for example (0,)")
+  for name in ("teacher", "sae", "students"):
+    _validate_training(name, config[name].train)
   _validate_steering(config)
+
+
+def _validate_training(name: str, section: Any) -> None:
+  """Checks a training section against the devices that are there."""
+  try:
+    sizes = sharding.mesh_sizes(section.mesh, jax.device_count())
+    defaults.validate(section, sizes, jax.process_count())
+  except ValueError as error:
+    raise ValueError(f"{name}.train: {error}") from error
 
 
 def _validate_steering(config: Any) -> None:
@@ -99,5 +112,8 @@ def _validate_steering(config: Any) -> None:
       f"steer.prompt_tokens + steer.new_tokens = {steer.prompt_tokens + steer.new_tokens} is more than "
       f"window.length={config.window.length}, the positions the students know; shorten one of them"
     )
+  modes = [mode.name.lower() for mode in InterventionMode]
+  if steer.mode not in modes:
+    raise ValueError(names.unknown("steer.mode", steer.mode, modes))
   if len(steer.strengths) < 2:
     raise ValueError(f"steer.strengths={steer.strengths} needs at least two values to sweep")

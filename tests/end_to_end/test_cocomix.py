@@ -1,0 +1,177 @@
+"""A miniature of the main job, as a user runs it: every stage, every key of the report, and faults."""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def command(workdir, *flags):
+  config = "--config=configs/cocomix.py:miniature"
+  return [sys.executable, "-m", "nr.main", config, f"--workdir={workdir}", *flags]
+
+
+def environment():
+  # One device, as on a user's laptop; the tests' own process has eight.
+  return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def run(workdir, *flags):
+  return subprocess.run(
+    command(workdir, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+  )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("main_job") / "run"
+  result = run(workdir)
+  assert result.returncode == 0, result.stderr[-4000:]
+  return workdir
+
+
+@pytest.mark.slow
+def test_the_report_has_every_number(finished):
+  report = json.loads((finished / "report.json").read_text())
+  expected = {
+    "corpus": {"name", "documents", "tokens"},
+    "teacher": {"params", "val_loss", "val_ppl", "bits_per_byte"},
+    "sae": {"fvu", "l0", "dead_fraction", "delta_ce", "loss_recovered"},
+    "labels": {"mean_positive", "coverage"},
+    "students": {"ntp", "cocomix"},
+    "steering": {"mode", "concepts", "sweeps"},
+    "environment": {"versions", "device", "commit"},
+    "seconds": {"tokenizer", "teacher", "sae", "labels", "students", "evaluate", "steer"},
+  }
+  for section, keys in expected.items():
+    assert keys <= set(report[section]), section
+  student = {
+    "params", "activated_params", "train_tokens", "val_loss", "val_ppl", "bits_per_byte", "ci95", "tokens_per_second",
+  }  # fmt: skip
+  assert student <= set(report["students"]["ntp"])
+  assert student | {"concept_loss", "label_recall"} <= set(report["students"]["cocomix"])
+  assert set(report["corpus"]["tokens"]) == {"train", "validation"}
+  for kind in ("ntp", "cocomix"):
+    entry = report["students"][kind]
+    low, high = entry["ci95"]
+    assert low <= entry["val_loss"] <= high
+    assert entry["val_ppl"] == pytest.approx(math.exp(entry["val_loss"]))
+    assert entry["tokens_per_second"] > 0
+  assert 0 <= report["students"]["cocomix"]["label_recall"] <= 1
+  assert report["comparison"]["flops_ratio"] > 1
+
+
+@pytest.mark.slow
+def test_all_losses_fell(finished):
+  for folder, metric in (
+    ("teacher", "next_token_loss"),
+    ("sae", "mse"),
+    ("students/ntp_seed0", "next_token_loss"),
+    ("students/cocomix_seed0", "next_token_loss"),
+    ("students/cocomix_seed0", "concept_loss"),
+  ):
+    lines = (finished / folder / "metrics" / "metrics.jsonl").read_text().splitlines()
+    values = [json.loads(line)[metric] for line in lines if metric in json.loads(line)]
+    assert values[-1] < values[0], f"{folder}: {metric} went from {values[0]} to {values[-1]}"
+
+
+@pytest.mark.slow
+def test_both_students_saw_the_same_number_of_tokens(finished):
+  report = json.loads((finished / "report.json").read_text())
+  assert len({report["students"][kind]["train_tokens"] for kind in ("ntp", "cocomix")}) == 1
+
+
+@pytest.mark.slow
+def test_the_report_is_readable_and_its_plots_exist(finished):
+  text = (finished / "report.md").read_text()
+  assert "one small run decides nothing" in text
+  for name in ("perplexity", "language_models", "sae_density", "steering_kl", "steering_continuation_ppl"):
+    assert f"plots/{name}.png" in text
+    assert (finished / "plots" / f"{name}.png").stat().st_size > 5_000
+
+
+@pytest.mark.slow
+def test_a_second_run_skips_everything(finished):
+  before = (finished / "manifest.json").read_text()
+  result = run(finished)
+  assert result.returncode == 0
+  assert result.stderr.count("finished earlier, skipped") == 8
+  assert (finished / "manifest.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_another_config_is_refused_in_one_line(finished):
+  result = run(finished, "--config.students.cocomix.loss_weight=0.2")
+  assert result.returncode == 1
+  last = result.stderr.strip().splitlines()[-1]
+  assert last.startswith("error: stage 'students'") and "loss_weight: 0.1 there, 0.2 now" in last
+
+
+def test_unknown_fields_and_variants_name_the_nearest(tmp_path):
+  result = run(tmp_path, "--config.teacher.modle.num_layers=3")
+  assert result.returncode != 0 and 'Did you mean "model"' in result.stderr + result.stdout
+  bad = command(tmp_path)
+  bad[3] = "--config=configs/cocomix.py:minature"
+  result = subprocess.run(bad, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+  assert result.returncode != 0 and "did you mean 'miniature'" in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize(
+  ("make", "words"),
+  [
+    (lambda path: None, ("no such file",)),
+    (lambda path: path.write_bytes(b"fine\n\xff\xfe bad\n"), ("UTF-8",)),
+    (lambda path: path.write_text(""), ("empty", "no document", "no text")),
+    (lambda path: path.write_text("One short text.\n\nAnother one.\n"), ("empty", "vocab", "window", "batch")),
+  ],
+)
+def test_bad_corpora_are_answered_in_one_line(tmp_path, make, words):
+  corpus = tmp_path / "corpus.txt"
+  make(corpus)
+  result = run(
+    tmp_path / "run", f"--config.corpus.name={corpus}", "--config.corpus.text_unit=blank_line", "--stage=tokenizer"
+  )
+  assert result.returncode == 1
+  last = result.stderr.strip().splitlines()[-1]
+  assert last.startswith("error: ") and any(word in last for word in words), last
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_students(finished, tmp_path):
+  """Kill -9 in the middle of the students; the same command ends with the same parameters."""
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  manifest = json.loads((workdir / "manifest.json").read_text())
+  for stage in ("students", "evaluate", "steer", "report"):
+    shutil.rmtree(workdir / stage)
+    del manifest[stage]
+  (workdir / "manifest.json").write_text(json.dumps(manifest))
+
+  process = subprocess.Popen(
+    command(workdir, "--stage=students"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+  )
+  saved = workdir / "students" / "cocomix_seed0" / "checkpoints"
+  deadline = time.monotonic() + 300
+  while not (saved.is_dir() and any(path.name.isdigit() for path in saved.iterdir())):
+    assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+
+  result = run(workdir, "--stage=students")
+  assert result.returncode == 0, result.stderr[-4000:]
+
+  def fingerprints(folder):
+    runs = json.loads((folder / "manifest.json").read_text())["students"]["artifact"]["runs"]
+    return {name: entry["fingerprint"] for name, entry in runs.items()}
+
+  assert fingerprints(workdir) == fingerprints(finished)

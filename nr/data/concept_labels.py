@@ -69,7 +69,8 @@ class LabelHeader:
       raise DataError(f"num_concepts={self.num_concepts} does not fit the cache's uint16 labels; "
                       f"use at most {MAX_CONCEPTS} latents")
     if not 2 <= self.window <= self.num_tokens:
-      raise DataError(f"window={self.window} must lie between 2 and the {self.num_tokens} tokens of the stream")
+      raise DataError(f"window={self.window} must lie between 2 and the {self.num_tokens} tokens "
+                      "of the stream")
     if not 1 <= self.stride <= self.window:
       raise DataError(f"stride={self.stride} must lie between 1 and window={self.window}")
 
@@ -295,8 +296,8 @@ def _check_equal(path: pathlib.Path, found: Mapping, wanted: Mapping, remedy: st
     if isinstance(value, Mapping) and isinstance(there, Mapping):
       _check_equal(path, there, value, remedy, f"{prefix}{name}.")
     elif there != value:
-      raise DataError(f"{path}, field {prefix + name!r}: labels were made with {there!r}, expected {value!r}; "
-                      f"{remedy}")
+      raise DataError(f"{path}, field {prefix + name!r}: labels were made with {there!r}, "
+                      f"expected {value!r}; {remedy}")
 
 
 def _replace_text(path: pathlib.Path, text: str) -> None:

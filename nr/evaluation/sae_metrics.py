@@ -94,7 +94,10 @@ class ReconstructionSums(NamedTuple):
     """Sums over the tokens that `is_counted` [...] marks in x, x_hat [..., D]."""
     w_N = is_counted.reshape(-1).astype(jnp.float32)
     # Tokens that do not count may hold anything, NaN included.
-    x_ND, y_ND = (jnp.where(w_N[:, None] > 0, a.reshape(w_N.size, -1).astype(jnp.float32), 0) for a in (x, x_hat))
+    x_ND, y_ND = (
+      jnp.where(w_N[:, None] > 0, values.reshape(w_N.size, -1).astype(jnp.float32), 0)
+      for values in (x, x_hat)
+    )
     count = w_N.sum()
     mean_D = x_ND.sum(0) / jnp.maximum(count, 1)
     squared_N, output_N, inner_N = (x_ND**2).sum(-1), (y_ND**2).sum(-1), (x_ND * y_ND).sum(-1)
@@ -208,7 +211,12 @@ def measure_batch(
     divergence = total(model.divergence(x_BLD, substitute_BLD, batch))
   mean_BLD = jnp.broadcast_to(mean_D.astype(x_BLD.dtype), x_BLD.shape)
   losses = LossSums(
-    weights_BL.sum(), loss(x_BLD), loss(substitute_BLD), loss(jnp.zeros_like(x_BLD)), loss(mean_BLD), divergence
+    weight=weights_BL.sum(),
+    clean=loss(x_BLD),
+    substituted=loss(substitute_BLD),
+    zero=loss(jnp.zeros_like(x_BLD)),
+    mean=loss(mean_BLD),
+    divergence=divergence,
   )
   return SparseAutoencoderSums(
     ReconstructionSums.of(coded.inputs, coded.outputs, real_BL),
@@ -302,6 +310,7 @@ def evaluate_transformer(
   *,
   layer: int,
   use_divergence: bool = True,
+  loss_chunk: int | None = None,
 ) -> tuple[dict[str, float], np.ndarray]:
   """Evaluates a sparse autoencoder inside a transformer.
 
@@ -311,6 +320,7 @@ def evaluate_transformer(
     autoencoder: (graph definition, parameters) of the autoencoder.
     layer: the block (from 0) whose output is tapped.
     use_divergence: whether to measure `kl`, which holds two [B, L, V] arrays of log-probabilities.
+    loss_chunk: tokens whose logits are held at a time for the losses; None holds all of them.
 
   Returns:
     (metrics, see `summarise`; int32 [C], on how many tokens each latent was active).
@@ -322,7 +332,9 @@ def evaluate_transformer(
 
   @jax.jit
   def measure(teacher_params: Any, autoencoder_params: Any, mean_D: jax.Array, batch: Batch) -> Any:
-    model = tapped_transformer(teacher[0], teacher_params, layer, use_divergence=use_divergence)
+    model = tapped_transformer(
+      teacher[0], teacher_params, layer, use_divergence=use_divergence, loss_chunk=loss_chunk
+    )
     module = parameters.merge(autoencoder[0], autoencoder_params)
     return measure_batch(model, autoencoding(module), module.spec.num_latents, mean_D, batch)
 
@@ -334,13 +346,15 @@ def evaluate_transformer(
   return summarise(sums), np.asarray(sums.latents.fired_C)
 
 
-def tapped_transformer(graphdef: Any, params: Any, layer: int, *, use_divergence: bool = True) -> TappedModel:
+def tapped_transformer(
+  graphdef: Any, params: Any, layer: int, *, use_divergence: bool = True, loss_chunk: int | None = None
+) -> TappedModel:
   """Binds `TappedModel` to a transformer, tapped after block `layer` (from 0)."""
   model = parameters.merge(graphdef, params)
 
   def losses(x_BLD: jax.Array, batch: Batch) -> jax.Array:
     hidden_BLD = hidden_from(model, x_BLD, TapInputs.of(batch), layer)
-    return token_nll(hidden_BLD, model.unembedding_VD, batch["targets"])
+    return token_nll(hidden_BLD, model.unembedding_VD, batch["targets"], chunk_size=loss_chunk)
 
   def divergence(clean_BLD: jax.Array, changed_BLD: jax.Array, batch: Batch) -> jax.Array:
     inputs = TapInputs.of(batch)
@@ -351,7 +365,9 @@ def tapped_transformer(graphdef: Any, params: Any, layer: int, *, use_divergence
     return (jnp.exp(clean_BLV) * (clean_BLV - changed_BLV)).sum(-1)
 
   return TappedModel(
-    lambda batch: activations_at(model, TapInputs.of(batch), layer), losses, divergence if use_divergence else None
+    activations=lambda batch: activations_at(model, TapInputs.of(batch), layer),
+    losses=losses,
+    divergence=divergence if use_divergence else None,
   )
 
 

@@ -42,7 +42,9 @@ class TapInputs(NamedTuple):
 def check_layer(num_layers: int, layer: int) -> None:
   """Raises ValueError where there is no block `layer` (counted from 0) to tap."""
   if not 0 <= layer < num_layers:
-    raise ValueError(f"layer={layer} is outside the model: choose 0..{num_layers - 1}, its blocks counted from 0")
+    raise ValueError(
+      f"layer={layer} is outside the model: choose 0..{num_layers - 1}, its blocks counted from 0"
+    )
 
 
 def activations_at(model: Transformer, inputs: TapInputs, layer: int) -> jax.Array:

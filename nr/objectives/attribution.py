@@ -49,6 +49,7 @@ class AttributionSpec:
     restrict_active: choose among active latents only; else inactive ones (score 0, lowest index
       first) fill in where fewer than k_attr scores are positive, as the released code does.
     mask_last: no labels at the last position, on which no loss depends.
+    mask_first: no labels at position 0 of a window, whose activation is abnormal in many models.
     weights: labels count equally or by score.
     drop_nonpositive: leave out labels whose (signed) score is not positive.
   """
@@ -60,6 +61,7 @@ class AttributionSpec:
   sign: str = "paper"
   restrict_active: bool = True
   mask_last: bool = True
+  mask_first: bool = False
   weights: str = "uniform"
   drop_nonpositive: bool = False
 
@@ -131,7 +133,8 @@ def concept_labels(
   """
   gradient_BLD = hidden_gradient(upper_loss, hidden_BLD)
   scores_BLK = attribution_scores(values_BLK, indices_BLK, decoder_CD, gradient_BLD)
-  scored_BL = labelled_positions(weights_BL, mask_last=spec.mask_last)
+  masks = {"mask_last": spec.mask_last, "mask_first": spec.mask_first}
+  scored_BL = labelled_positions(weights_BL, **masks)
   labels_BLA = select_labels(scores_BLK, indices_BLK, scored_BL, decoder_CD.shape[0], spec)
   positive_BL = (signed(scores_BLK, spec.sign) > 0).sum(-1, dtype=jnp.int32)
   return ConceptLabels(labels_BLA, jnp.where(scored_BL, positive_BL, 0), scored_BL)
@@ -153,15 +156,17 @@ def attribution_scores(
   return values_BLK * along_BLK
 
 
-def labelled_positions(weights_BL: jax.Array, *, mask_last: bool) -> jax.Array:
+def labelled_positions(weights_BL: jax.Array, *, mask_last: bool, mask_first: bool = False) -> jax.Array:
   """Returns which positions may carry labels.
 
   A position counts where its token loss does. The last one has no token loss; with `mask_last` it is
-  left out, else (parity with the released code) it counts where the one before it does.
+  left out, else (parity with the released code) it counts where the one before it does. `mask_first`
+  leaves out the first position of every window too.
   """
   scored_BL = weights_BL > 0
   last_B = jnp.zeros_like(scored_BL[:, -1]) if mask_last else scored_BL[:, -1] | scored_BL[:, -2]
-  return scored_BL.at[:, -1].set(last_B)
+  scored_BL = scored_BL.at[:, -1].set(last_B)
+  return scored_BL.at[:, 0].set(False) if mask_first else scored_BL
 
 
 def select_labels(

@@ -97,8 +97,8 @@ def test_dense_and_gathered_decoding_agree():
   losses = []
   for decoding in sae.DECODINGS:
     graphdef, params = build(decoding=decoding)
-    value, gradient = jax.value_and_grad(lambda p, g=graphdef: loss_of(g, p, extra_with(), x).loss.mean())(params)
-    losses.append((value, gradient))
+    loss = lambda p, g=graphdef: loss_of(g, p, extra_with(), x).loss.mean()  # noqa: E731
+    losses.append(jax.value_and_grad(loss)(params))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *losses)
 
 
@@ -189,7 +189,8 @@ def test_29_all_latents_dead_gives_the_normalised_residual_reconstruction():
   residual = u - model.decode(model.encode(u))
   everything = jnp.ones(LATENTS, bool)
   auxiliary = sparse_coding.auxiliary_loss(model, scores, residual, everything, jnp.ones(TOKENS))
-  estimate = np.maximum(np.asarray(scores, np.float64), 0) @ np.asarray(params["decoder"]["kernel"])  # no bias
+  kernel = np.asarray(params["decoder"]["kernel"], np.float64)
+  estimate = np.maximum(np.asarray(scores, np.float64), 0) @ kernel  # no bias
   residual = np.asarray(residual, np.float64)
   expected = ((estimate - residual) ** 2).mean() / ((residual - residual.mean(0)) ** 2).mean()
   np.testing.assert_allclose(auxiliary, expected, rtol=1e-5)

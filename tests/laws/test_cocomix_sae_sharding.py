@@ -1,7 +1,6 @@
 """The sparse autoencoder on eight simulated devices equals one device (tests 17 and 34)."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -23,7 +22,10 @@ def make_mesh(data, fsdp, tensor):
 
 def build():
   spec = SparseAutoencoderSpec(WIDTH, LATENTS, 4, k_aux=8, dead_tokens=100)
-  make = lambda: SparseAutoencoder(spec, rngs=nnx.Rngs(0))
+
+  def make():
+    return SparseAutoencoder(spec, rngs=nnx.Rngs(0))
+
   graphdef, params = parameters.split(make())
   extra = sparse_coding.init_extra(LATENTS, 1.3)
   # Counters that make most latents dead, so that the auxiliary loss takes part.

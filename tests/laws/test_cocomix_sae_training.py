@@ -90,7 +90,9 @@ def test_resumed_training_on_streamed_activations_is_bit_exact(tmp_path):
   table_VD = np.random.default_rng(1).normal(size=(50, 12)).astype(np.float32)
 
   def make_data():
-    tap = lambda batch: table_VD[batch["tokens"]] + batch["tokens"][..., :1] / 50
+    def tap(batch):
+      return table_VD[batch["tokens"]] + batch["tokens"][..., :1] / 50
+
     return ActivationBatches(Windows(), tap, batch_size=16, seed=0, chunk_batches=3)
 
   spec = SparseAutoencoderSpec(12, 32, 4, k_aux=8, dead_tokens=40)

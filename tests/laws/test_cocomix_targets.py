@@ -118,6 +118,12 @@ def test_21_positions_of_weight_zero_have_no_label():
   assert (labels.labels_BLA[0, 3] < LATENTS).all()
 
 
+def test_first_position_is_masked_where_asked():
+  masked, plain = label(AttributionSpec(mask_first=True)), label(AttributionSpec())
+  np.testing.assert_array_equal(masked.labels_BLA[:, 0], NO_LABEL)
+  np.testing.assert_array_equal(masked.labels_BLA[:, 1:], plain.labels_BLA[:, 1:])
+
+
 def test_23_scores_of_active_latents_equal_the_dense_expression():
   upper_loss, weights_BL, hidden_BLD = teacher()
   sae = autoencoder()

@@ -113,8 +113,8 @@ def label_dataset(
       windows = [source.window(span.start) for span in spans]
       windows += [windows[-1]] * (batch_size - len(windows))  # one shape, one compilation
       batch = {name: np.stack([window[name] for window in windows]) for name in windows[0]}
-      result = jax.tree.map(lambda x: np.asarray(x)[: len(spans)], step(teacher[1], autoencoder[1], batch))
-      writer.write(spans, result.labels_BLA, result.positive_BL, result.scored_BL)
+      result = step(teacher[1], autoencoder[1], batch)
+      writer.write(spans, *(np.asarray(field)[: len(spans)] for field in result))
       bar.update(len(spans))
   return writer.finish()
 

@@ -8,6 +8,7 @@ a program that the partitioner is known to complain about.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -57,6 +58,15 @@ def collectives(text: str) -> dict[str, int]:
   return counts
 
 
+def largest_gather(text: str) -> int:
+  """Returns the most numbers that one all-gather of compiled HLO puts together on a device."""
+  shapes = re.findall(r"= \(?(?:[a-z0-9]+\[[0-9,]*\]\S* ?,? ?)*\)? ?all-gather(?:-start|-done)?\(", text)
+  sizes = [
+    math.prod(map(int, dims.split(","))) for line in shapes for dims in re.findall(r"\[([0-9,]+)\]", line)
+  ]
+  return max(sizes, default=0)
+
+
 def make_method(name: str, size: str):
   layers, dim, vocab, concepts, insert_at, _, length = SIZES[size]
   spec = TransformerSpec.gpt2(
@@ -96,8 +106,13 @@ def compile_control(devices) -> None:
   """Asks for a change of layout that the partitioner can only do by gathering everything."""
   mesh = Mesh(np.array(devices).reshape(2, 4), ("a", "b"))
   before, after = NamedSharding(mesh, P("a", None, None)), NamedSharding(mesh, P(None, "b", None))
+  pin = jax.lax.with_sharding_constraint
+
+  def reshard(x):
+    return pin(jnp.sin(pin(x * 2, before)), after) * 3
+
   argument = jax.ShapeDtypeStruct((64, 64, 64), jnp.float32, sharding=before)
-  jax.jit(lambda x: jnp.sin(x * 2), out_shardings=after).lower(argument).compile()
+  jax.jit(reshard, out_shardings=after).lower(argument).compile()
 
 
 def main() -> None:
@@ -117,6 +132,7 @@ def main() -> None:
       report = {
         "program": f"{name} {mode}",
         "collectives": collectives(compiled.as_text()),
+        "largest_gather": largest_gather(compiled.as_text()),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,

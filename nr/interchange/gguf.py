@@ -104,11 +104,11 @@ class _Tensors(Mapping):
     return len(self._by_name)
 
 
-def load_gguf(path: str | pathlib.Path, **settings) -> tuple[TransformerSpec, dict]:
+def load_gguf(path: str | pathlib.Path | GgufFile, **settings) -> tuple[TransformerSpec, dict]:
   """Reads a Llama-family model from a GGUF file.
 
   Args:
-    path: the `.gguf` file.
+    path: the `.gguf` file, or one that is open already.
     **settings: fields of TransformerSpec to set otherwise than the file says
       (`layers`, `dtype`, `param_dtype`, `max_length`, ...).
 

@@ -86,8 +86,9 @@ def topk_loss(
     weights_N: weight of each token, 0 leaves it out; ones when None.
 
   Returns:
-    LossOutput: loss; metrics `mse` (scaled), `auxiliary`, `l0`, `fvu` (against the batch mean, in
-    the normalised space), `dead_fraction`; statistics `FiredCounts`.
+    LossOutput: loss; metrics `fvu` (L_mse, which is the fraction of variance unexplained in the
+    normalised space, the variance being that of the sample that fixed mse_scale), `auxiliary`, `l0`,
+    `dead_fraction`; statistics `FiredCounts`.
   """
   spec = autoencoder.spec
   weights_N = jnp.ones(activations_ND.shape[:1]) if weights_N is None else weights_N.astype(jnp.float32)
@@ -109,13 +110,10 @@ def topk_loss(
   auxiliary = auxiliary_loss(autoencoder, scores_NC, residual_ND, dead_C, weights_N)
   loss = Weighted(mse.total + spec.alpha * auxiliary * mse.weight, mse.weight)
 
-  centre_D = _weighted_mean(u_ND, weights_N)
-  variance = Weighted.of(jnp.square(u_ND - centre_D).mean(-1), weights_N).total
   metrics = {
-    "mse": mse,
+    "fvu": mse,
     "auxiliary": Weighted(auxiliary * mse.weight, mse.weight),
     "l0": Weighted.of((code.values_TK > 0).sum(-1), weights_N),
-    "fvu": Weighted(mse.total / extra["mse_scale"], variance),
     "dead_fraction": Weighted(dead_C.mean() * mse.weight, mse.weight),
   }
   return LossOutput(loss, metrics, statistics)

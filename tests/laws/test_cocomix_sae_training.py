@@ -16,6 +16,7 @@ from nr.training.model_files import graphdef_of
 from nr.training.optimizers import make_optimizer
 from nr.training.state import initial_state
 from nr.training.step import make_train_step
+from tests.training import method_suite
 
 
 def make_method(spec, sample_ND):
@@ -37,6 +38,19 @@ def unexplained(spec, params, x_ND):
   u_ND = model.normalise(x_ND).values_TD
   error_ND = u_ND - model.decode(model.encode(u_ND))
   return float((error_ND**2).sum() / ((u_ND - u_ND.mean(0)) ** 2).sum())
+
+
+@pytest.mark.slow
+def test_sparse_autoencoder_method_passes_the_suite(tmp_path):
+  rng = np.random.default_rng(0)
+  x_ND = (rng.normal(size=(16, 12)) * 2 + 1).astype(np.float32)
+  weights = np.ones(16, np.float32)
+  weights[[1, 2, 3, 9]] = 0
+  # No latent dies: with dead ones the auxiliary term is a ratio of means over the microbatch.
+  method = make_method(SparseAutoencoderSpec(12, 32, 6, k_aux=8), x_ND)
+  meshes = ({"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1},)  # more in test_cocomix_sae_sharding
+  batch = {"activations": x_ND, "weights": weights}
+  method_suite.check_all(method, batch, tmp_path, golden="sparse_autoencoder", meshes=meshes)
 
 
 @pytest.mark.slow

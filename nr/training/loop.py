@@ -268,7 +268,7 @@ def train(
       frozen = place_frozen(method, run.mesh)
       train_step = make_train_step(method, run.optimizer, config.accumulation, config.seed, mesh=run.mesh)
       for step in range(start, config.steps + 1):
-        is_last, is_stopped = step == config.steps, stop.is_set()
+        is_last, is_stopped = step == config.steps, stop.is_set(step, config.log_every)
         is_new = step > start
         is_evaluation = is_new and (is_last or _is_due(step, config.eval_every))
         is_save = is_new and (is_last or is_stopped or _is_due(step, config.checkpoint.every))
@@ -302,6 +302,8 @@ def train(
       is_failing = False
     finally:
       profiler.close(state)
+      if iterator is not data and hasattr(iterator, "close"):
+        iterator.close()  # Grain's worker processes end here.
       run.close(is_failing)
   return TrainResult(state, summary)
 

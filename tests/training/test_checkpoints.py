@@ -138,9 +138,7 @@ def test_another_model_is_refused_by_leaf(tmp_path):
   other = state()
   other.params["scale"] = jnp.ones(4, jnp.bfloat16)
   checkpointer = Checkpointer(tmp_path, section())
-  with pytest.raises(
-    CheckpointError, match=r"'params/scale' was saved as bfloat16\[3\].* bfloat16\[4\]"
-  ):
+  with pytest.raises(CheckpointError, match=r"'params/scale' was saved as bfloat16\[3\].* bfloat16\[4\]"):
     checkpointer.restore(other)
   checkpointer.close()
 

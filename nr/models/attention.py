@@ -101,30 +101,30 @@ def blocked_causal_attention(
   """
   B, L, H, K = query_BLHK.shape
   J = key_BLJK.shape[2]
-  query_BJGLK = (query_BLHK * K**-0.5).reshape(B, L, J, H // J, K).transpose(0, 2, 3, 1, 4)
+  G = H // J
+  query_BJGLK = (query_BLHK * K**-0.5).reshape(B, L, J, G, K).transpose(0, 2, 3, 1, 4)
   key_BJMK = key_BLJK.transpose(0, 2, 1, 3)
   value_BJMK = value_BLJK.transpose(0, 2, 1, 3)
   outputs = []
   for index, start in enumerate(range(0, L, block)):
     stop = min(start + block, L)
+    # The queries of a group are rows R of one product with the keys they share.
+    query_BJRK = query_BJGLK[:, :, :, start:stop].reshape(B, J, G * (stop - start), K)
     scores = jnp.einsum(
-      "bjglk,bjmk->bjglm",
-      query_BJGLK[:, :, :, start:stop],
-      key_BJMK[:, :, :stop],
-      preferred_element_type=jnp.float32,
+      "bjrk,bjmk->bjrm", query_BJRK, key_BJMK[:, :, :stop], preferred_element_type=jnp.float32
     )
     is_seen = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop))[None]
     if segment_ids_BL is not None:
       is_seen = is_seen & (segment_ids_BL[:, start:stop, None] == segment_ids_BL[:, None, :stop])
-    scores = jnp.where(is_seen[:, None, None], scores, MASKED_SCORE)
+    scores = jnp.where(jnp.tile(is_seen, (1, G, 1))[:, None], scores, MASKED_SCORE)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
     block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
     weights = drop(weights, dropout, block_key).astype(value_BJMK.dtype)
     mixed = jnp.einsum(
-      "bjglm,bjmk->bjglk", weights, value_BJMK[:, :, :stop], preferred_element_type=jnp.float32
+      "bjrm,bjmk->bjrk", weights, value_BJMK[:, :, :stop], preferred_element_type=jnp.float32
     )
-    outputs.append((mixed / total).astype(query_BLHK.dtype))
+    outputs.append((mixed / total).astype(query_BLHK.dtype).reshape(B, J, G, stop - start, K))
   output_BJGLK = jnp.concatenate(outputs, axis=3)
   return output_BJGLK.transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
 

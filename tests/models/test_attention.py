@@ -66,8 +66,8 @@ def test_blocks_skip_the_keys_that_no_query_sees():
   inputs = make(length=16)
   text = str(jax.make_jaxpr(lambda *x: attention.blocked_causal_attention(*x, block=4))(*inputs))
   for keys in (4, 8, 12, 16):
-    assert f"[2,2,2,4,{keys}]" in text
-  assert "[2,2,2,16,16]" not in text
+    assert f"[2,2,8,{keys}]" in text
+  assert "[2,2,32,16]" not in text
 
 
 def test_attention_dropout_keeps_the_mean_and_uses_blocks():

@@ -119,15 +119,11 @@ def test_scan_unroll_and_remat_agree_in_loss_and_gradient(family, remat):
   for layers, policy in (("scan", "none"), ("unroll", remat), ("scan", remat)):
     graphdef, params = build(FAMILIES[family].replace(layers=layers, remat=policy))
 
-    @jax.jit
-    def loss_and_gradient(params, graphdef=graphdef):
-      def loss(params):
-        return jnp.sin(parameters.merge(graphdef, params)(tokens)).sum()
+    def loss(params, graphdef=graphdef):
+      return jnp.sin(parameters.merge(graphdef, params)(tokens)).sum()
 
-      return jax.value_and_grad(loss)(params)
-
-    loss, gradient = loss_and_gradient(params)
-    results.append((loss, parameters.stack_layers(gradient)))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    results.append((value, parameters.stack_layers(gradient)))
   for result in results[1:]:
     assert jax.tree.structure(result) == jax.tree.structure(results[0])
     for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(results[0])):

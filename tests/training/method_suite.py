@@ -10,11 +10,11 @@ weights, or the comparison of microbatches proves little. Tiny sizes, please: th
 suite compiles about ten programs.
 """
 
-import itertools
 import json
 import os
 import pathlib
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from nr.training.checkpoints import tree_hash
 from nr.training.defaults import get_training_config
 from nr.training.loop import train
 from nr.training.optimizers import make_optimizer
-from nr.training.state import abstract_state, create_state, place_frozen
+from nr.training.state import abstract_state, create_state, place_frozen, state_shardings
 from nr.training.step import accumulate, make_train_step
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -46,6 +46,14 @@ def tiny_config(batch, **changes):
   return section
 
 
+class Prepared(NamedTuple):
+  """What several checks share, on the host, so that it is compiled once."""
+
+  params: Any
+  extra: Any
+  reference: Any  # Gradients and sums on one device.
+
+
 def perturbed(params, seed=1, scale=0.02):
   """Parameters moved off their initial values: what starts at zero hides gradients of its neighbours."""
   leaves, structure = jax.tree.flatten(params)
@@ -54,21 +62,42 @@ def perturbed(params, seed=1, scale=0.02):
   return jax.tree.unflatten(structure, noisy)
 
 
-def gradients_and_sums(method, batch, *, mesh=None, accumulation=1, seed=0):
+def prepare(method, batch):
+  """Makes parameters, extra state and the gradients on one device that others are compared with."""
+
+  def make():
+    params = perturbed(method.init(jax.random.key(0)))
+    return params, method.init_extra(params)
+
+  params, extra = jax.device_get(jax.jit(make)())
+  return Prepared(params, extra, gradients_and_sums(method, batch, Prepared(params, extra, None)))
+
+
+def gradients_and_sums(method, batch, prepared, *, mesh=None, accumulation=1, seed=0):
   """Summed gradients and LossOutput on a mesh (a config dictionary, or None), on the host."""
   mesh = sharding.make_mesh(mesh) if mesh else None
+  params, extra = prepared.params, prepared.extra
+  if mesh is not None:
+    state = abstract_state(method, make_optimizer(tiny_config(batch), method))
+    placed = state_shardings(method, state, mesh)
+    params, extra = jax.device_put(params, placed.params), jax.device_put(extra, placed.extra)
 
   def compute(params, frozen, extra, arrays):
     return accumulate(method, params, frozen, extra, arrays, jax.random.key(seed), accumulation, mesh)
 
   with sharding.context(mesh):
-    optimizer = make_optimizer(tiny_config(batch), method)
-    state = create_state(method, optimizer, seed, mesh)
-    params = jax.tree.map(
-      lambda new, old: jax.device_put(new, old.sharding), perturbed(state.params), state.params
-    )
     arrays = sharding.put_batch(batch, mesh)
-    return jax.device_get(jax.jit(compute)(params, place_frozen(method, mesh), state.extra, arrays))
+    return jax.device_get(jax.jit(compute)(params, place_frozen(method, mesh), extra, arrays))
+
+
+def first_step(method, batch):
+  """Runs one step at a constant rate from seed 0. Returns parameters before and after, and metrics."""
+  optimizer = make_optimizer(tiny_config(batch, schedule__name="constant"), method)
+  state = create_state(method, optimizer, 0)
+  before = jax.device_get(state.params)
+  arrays = sharding.put_batch(batch, None)
+  state, metrics = make_train_step(method, optimizer)(state, place_frozen(method, None), arrays)
+  return before, jax.device_get(state.params), jax.device_get(metrics)
 
 
 def _assert_agree(found, expected, what, rtol, atol):
@@ -86,13 +115,13 @@ def _assert_agree(found, expected, what, rtol, atol):
   np.testing.assert_allclose(found[1].loss.weight, expected[1].loss.weight, rtol=rtol, err_msg=what)
 
 
-def check_gradients_reach_every_trainable_leaf(method, batch, *, except_for=()):
+def check_gradients_reach_every_trainable_leaf(method, batch, *, except_for=(), prepared=None):
   """Every trainable leaf has a finite gradient that is not all zero; frozen ones have no optimizer state.
 
   `except_for`: patterns of leaves whose gradient is zero by mathematics, with the
   reason in the calling test (a key bias under softmax, for one).
   """
-  gradients, _ = gradients_and_sums(method, batch)
+  gradients, _ = (prepared or prepare(method, batch)).reference
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
     name = trees.pattern_path(path)
     assert np.isfinite(leaf).all(), f"gradient of {name} is not finite"
@@ -109,31 +138,28 @@ def check_gradients_reach_every_trainable_leaf(method, batch, *, except_for=()):
     assert not any(moment.endswith("/" + name) for moment in moments), f"frozen {name} has optimizer state"
 
 
-def check_frozen_stay(method, batch):
+def check_frozen_stay(method, batch, *, stepped=None):
   """A step changes no parameter that is not trainable, bit for bit."""
-  optimizer = make_optimizer(tiny_config(batch, schedule__name="constant"), method)
-  state = create_state(method, optimizer, 0)
-  mask = trees.match_mask(state.params, method.trainable)
-  before = jax.device_get(trees.partition(state.params, mask)[1])
-  arrays = sharding.put_batch(batch, None)
-  state, _ = make_train_step(method, optimizer)(state, place_frozen(method, None), arrays)
-  after = jax.device_get(trees.partition(state.params, mask)[1])
-  jax.tree.map(np.testing.assert_array_equal, before, after)
+  before, after, _ = stepped or first_step(method, batch)
+  mask = trees.match_mask(before, method.trainable)
+  fixed = [trees.partition(params, mask)[1] for params in (before, after)]
+  jax.tree.map(np.testing.assert_array_equal, *fixed)
 
 
-def check_devices_agree(method, batch, *, meshes=MESHES, rtol=1e-5, atol=1e-7):
+def check_devices_agree(method, batch, *, meshes=MESHES, rtol=1e-5, atol=1e-7, prepared=None):
   """Gradients, loss and metrics are the same on every mesh, up to rounding."""
-  reference = gradients_and_sums(method, batch)
+  prepared = prepared or prepare(method, batch)
   for mesh in meshes:
-    _assert_agree(gradients_and_sums(method, batch, mesh=mesh), reference, f"mesh {mesh}", rtol, atol)
+    found = gradients_and_sums(method, batch, prepared, mesh=mesh)
+    _assert_agree(found, prepared.reference, f"mesh {mesh}", rtol, atol)
 
 
-def check_microbatches_agree(method, batch, *, accumulations=(4,), rtol=1e-5, atol=1e-7):
+def check_microbatches_agree(method, batch, *, accumulations=(4,), rtol=1e-5, atol=1e-7, prepared=None):
   """Sums over microbatches are those of the whole batch. The method must not draw random numbers."""
-  reference = gradients_and_sums(method, batch)
+  prepared = prepared or prepare(method, batch)
   for accumulation in accumulations:
-    found = gradients_and_sums(method, batch, accumulation=accumulation)
-    _assert_agree(found, reference, f"{accumulation} microbatches", rtol, atol)
+    found = gradients_and_sums(method, batch, prepared, accumulation=accumulation)
+    _assert_agree(found, prepared.reference, f"{accumulation} microbatches", rtol, atol)
 
 
 class Batches:
@@ -197,12 +223,9 @@ def check_golden_parameters(method, golden, directory=GOLDEN):
   )
 
 
-def check_golden_metrics(method, batch, golden, directory=GOLDEN, rtol=1e-4):
+def check_golden_metrics(method, batch, golden, directory=GOLDEN, rtol=1e-4, *, stepped=None):
   """The metrics of the first step from seed 0 are the committed ones, up to rounding."""
-  optimizer = make_optimizer(tiny_config(batch, schedule__name="constant"), method)
-  state = create_state(method, optimizer, 0)
-  arrays = sharding.put_batch(batch, None)
-  _, metrics = make_train_step(method, optimizer)(state, place_frozen(method, None), arrays)
+  _, _, metrics = stepped or first_step(method, batch)
   means = {name: np.asarray(value.mean(), np.float64).reshape(-1).tolist() for name, value in metrics.items()}
   _compare_golden(
     pathlib.Path(directory) / f"{golden}_metrics.json",
@@ -221,16 +244,12 @@ def check_master_parameters_are_float32(method):
 def check_all(method, batch, tmp_path, golden=None, *, except_for=(), meshes=MESHES, rtol=1e-5, atol=1e-7):
   """Runs the whole suite. `golden` names the committed files; None leaves them out."""
   check_master_parameters_are_float32(method)
-  check_gradients_reach_every_trainable_leaf(method, batch, except_for=except_for)
-  check_frozen_stay(method, batch)
-  check_devices_agree(method, batch, meshes=meshes, rtol=rtol, atol=atol)
-  check_microbatches_agree(method, batch, rtol=rtol, atol=atol)
+  prepared, stepped = prepare(method, batch), first_step(method, batch)
+  check_gradients_reach_every_trainable_leaf(method, batch, except_for=except_for, prepared=prepared)
+  check_frozen_stay(method, batch, stepped=stepped)
+  check_devices_agree(method, batch, meshes=meshes, rtol=rtol, atol=atol, prepared=prepared)
+  check_microbatches_agree(method, batch, rtol=rtol, atol=atol, prepared=prepared)
   check_resumed_equals_uninterrupted(method, batch, tmp_path)
   if golden:
     check_golden_parameters(method, golden)
-    check_golden_metrics(method, batch, golden)
-
-
-def take(data, count):
-  """The first batches of an iterable as a list."""
-  return list(itertools.islice(iter(data), count))
+    check_golden_metrics(method, batch, golden, stepped=stepped)

@@ -98,6 +98,13 @@ def _concept_rows(model, tokens, edit):
   return h, prediction, model.concepts.mix(h, prediction)
 
 
+def _sparse(prediction):
+  """The selection as [B, L, C] with zeros elsewhere."""
+  array = np.zeros((*prediction.indices_BLK.shape[:2], CONCEPTS), np.float32)
+  np.put_along_axis(array, np.asarray(prediction.indices_BLK), np.asarray(prediction.values_BLK), axis=-1)
+  return array
+
+
 @pytest.mark.parametrize("mode", ["set", "force_value"])
 def test_27_an_edit_moves_the_concept_by_its_column(mode):
   model, tokens = make_model(), make_tokens()
@@ -106,15 +113,10 @@ def test_27_an_edit_moves_the_concept_by_its_column(mode):
     h, before, c_before = _concept_rows(model, tokens, None)
     _, after, c_after = _concept_rows(model, tokens, _edit([concept], mode, 30.0))
 
-    def sparse(prediction):
-      array = np.zeros((*h.shape[:2], CONCEPTS), np.float32)
-      np.put_along_axis(array, np.asarray(prediction.indices_BLK), np.asarray(prediction.values_BLK), axis=-1)
-      return array
-
-    change = sparse(after) - sparse(before)
+    change = _sparse(after) - _sparse(before)
     # Only the concept itself and at most one evicted concept change.
     assert ((np.delete(change, concept, axis=-1) != 0).sum(axis=-1) <= 1).all()
-    assert (sparse(after)[..., concept] == 30.0).all()
+    assert (_sparse(after)[..., concept] == 30.0).all()
     std = h.std(axis=-1, keepdims=True, ddof=1)
     np.testing.assert_allclose(c_after - c_before, std * (change @ kernel), rtol=2e-4, atol=1e-4)
 

@@ -71,8 +71,13 @@ def get_config(variant: str = "tiny") -> ConfigDict:
       "model": _model(num_layers=4, model_dim=128, num_heads=4),
       "tap_layer": 1,  # concepts are read after this block, counted from 0 (the paper: 5 of 12)
       "train": _training(
-        steps=350, batch_size=32, optimizer__learning_rate=3e-3, optimizer__weight_decay=0.1,
-        schedule__warmup_steps=20, checkpoint__every=100, log_every=10,
+        steps=350,
+        batch_size=32,
+        optimizer__learning_rate=3e-3,
+        optimizer__weight_decay=0.1,
+        schedule__warmup_steps=20,
+        checkpoint__every=100,
+        log_every=10,
       ),
     }
   )
@@ -91,8 +96,16 @@ def get_config(variant: str = "tiny") -> ConfigDict:
       "skip_first": True,  # leave out position 0, whose activations are abnormal
       "sample_tokens": 8192,  # activations for the geometric median and the scale of the error
       "train": _training(
-        steps=500, batch_size=2048, optimizer__name="adam", optimizer__learning_rate=1e-3, optimizer__beta2=0.999,
-        optimizer__epsilon=6.25e-10, schedule__name="constant", clip=0.0, checkpoint__every=200, log_every=10,
+        steps=500,
+        batch_size=2048,
+        optimizer__name="adam",
+        optimizer__learning_rate=1e-3,
+        optimizer__beta2=0.999,
+        optimizer__epsilon=6.25e-10,
+        schedule__name="constant",
+        clip=0.0,
+        checkpoint__every=200,
+        log_every=10,
       ),
     }
   )
@@ -130,8 +143,13 @@ def get_config(variant: str = "tiny") -> ConfigDict:
         "loss_weight": 0.1,  # lambda of Eq. 4
       },
       "train": _training(
-        steps=350, batch_size=32, optimizer__learning_rate=3e-3, optimizer__weight_decay=0.1,
-        schedule__warmup_steps=20, checkpoint__every=100, log_every=10,
+        steps=350,
+        batch_size=32,
+        optimizer__learning_rate=3e-3,
+        optimizer__weight_decay=0.1,
+        schedule__warmup_steps=20,
+        checkpoint__every=100,
+        log_every=10,
       ),
     }
   )
@@ -181,7 +199,9 @@ def _make_miniature(config: ConfigDict) -> None:
   for section in (config.teacher, config.students.ntp, config.students.cocomix):
     section.model.update(num_layers=2, model_dim=32, num_heads=2)
   config.teacher.tap_layer = 0
-  config.sae.update(num_latents=64, k=8, k_aux=16, chunk_batches=10, windows_per_call=8, sample_tokens=512, dead_tokens=4000)
+  config.sae.update(
+    num_latents=64, k=8, k_aux=16, chunk_batches=10, windows_per_call=8, sample_tokens=512, dead_tokens=4000
+  )
   config.students.cocomix.concept.update(insert_at=1, top_k=8)
   for train, steps in ((config.teacher.train, 30), (config.sae.train, 30), (config.students.train, 30)):
     train.update(steps=steps, log_every=2)
@@ -190,4 +210,6 @@ def _make_miniature(config: ConfigDict) -> None:
   config.sae.train.batch_size = 256
   config.teacher.train.batch_size = config.students.train.batch_size = 8
   config.teacher.train.schedule.warmup_steps = config.students.train.schedule.warmup_steps = 2
-  config.steer.update(num_concepts=2, table_concepts=4, strengths=(0.0, 4.0), prompts=4, prompt_tokens=8, new_tokens=8)
+  config.steer.update(
+    num_concepts=2, table_concepts=4, strengths=(0.0, 4.0), prompts=4, prompt_tokens=8, new_tokens=8
+  )

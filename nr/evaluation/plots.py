@@ -47,9 +47,7 @@ def plot_curves(
   _save(figure, path)
 
 
-def plot_intervals(
-  path: pathlib.Path, values: Mapping[str, Interval], *, title: str, y_label: str
-) -> None:
+def plot_intervals(path: pathlib.Path, values: Mapping[str, Interval], *, title: str, y_label: str) -> None:
   """Draws one bar a system with its confidence interval as an error bar."""
   figure, axes = _figure(title, "", y_label)
   estimates = np.array([value.estimate for value in values.values()])

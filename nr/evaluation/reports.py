@@ -21,6 +21,7 @@ def number(value: Any, digits: int = 4) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   """Returns a Markdown table; cells that would break it are escaped."""
+
   def line(cells: Sequence[Any]) -> str:
     texts = [number(cell).replace("|", "\\|").replace("\n", " ") for cell in cells]
     return "| " + " | ".join(texts) + " |"

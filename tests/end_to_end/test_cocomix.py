@@ -56,7 +56,7 @@ def test_the_report_has_every_number(finished):
     assert keys <= set(report[section]), section
   student = {
     "params", "activated_params", "train_tokens", "val_loss", "val_ppl", "bits_per_byte", "ci95", "tokens_per_second",
-  }  # fmt: skip
+  }
   assert student <= set(report["students"]["ntp"])
   assert student | {"concept_loss", "label_recall"} <= set(report["students"]["cocomix"])
   assert set(report["corpus"]["tokens"]) == {"train", "validation"}
@@ -131,14 +131,20 @@ def test_unknown_fields_and_variants_name_the_nearest(tmp_path):
     (lambda path: None, ("no such file",)),
     (lambda path: path.write_bytes(b"fine\n\xff\xfe bad\n"), ("UTF-8",)),
     (lambda path: path.write_text(""), ("empty", "no document", "no text")),
-    (lambda path: path.write_text("One short text.\n\nAnother one.\n"), ("empty", "vocab", "window", "batch")),
+    (
+      lambda path: path.write_text("One short text.\n\nAnother one.\n"),
+      ("empty", "vocab", "window", "batch"),
+    ),
   ],
 )
 def test_bad_corpora_are_answered_in_one_line(tmp_path, make, words):
   corpus = tmp_path / "corpus.txt"
   make(corpus)
   result = run(
-    tmp_path / "run", f"--config.corpus.name={corpus}", "--config.corpus.text_unit=blank_line", "--stage=tokenizer"
+    tmp_path / "run",
+    f"--config.corpus.name={corpus}",
+    "--config.corpus.text_unit=blank_line",
+    "--stage=tokenizer",
   )
   assert result.returncode == 1
   last = result.stderr.strip().splitlines()[-1]
@@ -157,7 +163,11 @@ def test_a_killed_run_continues_to_the_same_students(finished, tmp_path):
   (workdir / "manifest.json").write_text(json.dumps(manifest))
 
   process = subprocess.Popen(
-    command(workdir, "--stage=students"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    command(workdir, "--stage=students"),
+    cwd=ROOT,
+    env=environment(),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
   )
   saved = workdir / "students" / "cocomix_seed0" / "checkpoints"
   deadline = time.monotonic() + 300

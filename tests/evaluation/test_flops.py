@@ -12,7 +12,10 @@ def shape(*sizes):
 
 
 def test_batched_product():
-  assert count_flops(lambda x, y: jnp.einsum("bij,bjk->bik", x, y), shape(2, 3, 4), shape(2, 4, 5)) == 2 * 2 * 3 * 4 * 5
+  assert (
+    count_flops(lambda x, y: jnp.einsum("bij,bjk->bik", x, y), shape(2, 3, 4), shape(2, 4, 5))
+    == 2 * 2 * 3 * 4 * 5
+  )
 
 
 def test_scan_multiplies_by_its_length():

@@ -48,8 +48,16 @@ def test_paired_difference_is_students_interval():
 
 def test_scores_add_up_by_document():
   batches = [
-    {"weights": np.array([[1, 1, 0]]), "documents": np.array([[0, 1, 1]]), "nll": np.array([[1.0, 2.0, 9.0]])},
-    {"weights": np.array([[1, 0, 1]]), "documents": np.array([[1, 0, 2]]), "nll": np.array([[3.0, 9.0, 4.0]])},
+    {
+      "weights": np.array([[1, 1, 0]]),
+      "documents": np.array([[0, 1, 1]]),
+      "nll": np.array([[1.0, 2.0, 9.0]]),
+    },
+    {
+      "weights": np.array([[1, 0, 1]]),
+      "documents": np.array([[1, 0, 2]]),
+      "nll": np.array([[3.0, 9.0, 4.0]]),
+    },
   ]
   scores = score_documents(lambda batch: batch["nll"], batches, np.array([10, 20, 30]))
   np.testing.assert_array_equal(scores.nll, [1.0, 5.0, 4.0])

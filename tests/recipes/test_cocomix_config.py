@@ -8,9 +8,9 @@ import pytest
 
 from nr.recipes import cocomix
 from nr.recipes.cocomix import settings, students
+from nr.recipes.cocomix.method import cocomix_method
 from nr.training.model_files import build_model
 from nr.training.next_token import next_token_method
-from nr.recipes.cocomix.method import cocomix_method
 
 CONFIG_FILE = pathlib.Path(__file__).parents[2] / "configs" / "cocomix.py"
 
@@ -38,7 +38,7 @@ def test_every_variant_builds(variant):
   assert next_token_method(teacher).axes and cocomix_method(specs[-1], loss_weight=0.1).axes
   assert [stage.name for stage in cocomix.stages(config)] == [
     "tokenizer", "teacher", "sae", "labels", "students", "evaluate", "steer", "report",
-  ]  # fmt: skip
+  ]
 
 
 def test_the_students_of_tiny_are_matched_by_activated_parameters():

@@ -1,13 +1,12 @@
-"""The methods of the CoCoMix recipe pass the suite that every method passes."""
+"""The language-model methods of the CoCoMix recipe pass the suite that every method passes."""
 
 import jax
 import numpy as np
 import pytest
 
 from nr.models.concept_mixing import ConceptMixingSpec
-from nr.models.sparse_autoencoder import SparseAutoencoderSpec, initial_pre_bias
 from nr.models.transformer import TransformerSpec
-from nr.recipes.cocomix.method import cocomix_method, sparse_autoencoder_method
+from nr.recipes.cocomix.method import cocomix_method
 from nr.training.model_files import ConceptMixingModelSpec
 from nr.training.next_token import next_token_method
 from tests.training import method_suite
@@ -16,7 +15,13 @@ ROWS, LENGTH, VOCABULARY, CONCEPTS = 16, 12, 40, 24
 
 GPT2 = TransformerSpec.gpt2(vocab_size=VOCABULARY, num_layers=3, model_dim=16, num_heads=4, max_length=LENGTH)
 LLAMA = TransformerSpec.llama(
-  vocab_size=VOCABULARY, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=4, mlp_dim=32, max_length=LENGTH
+  vocab_size=VOCABULARY,
+  num_layers=2,
+  model_dim=16,
+  num_heads=4,
+  num_kv_heads=4,
+  mlp_dim=32,
+  max_length=LENGTH,
 )
 # The softmax over keys does not change when every key is shifted by the same vector.
 KEY_BIAS = ("(.*/)?blocks/attention/key/bias",)
@@ -49,20 +54,11 @@ def test_next_token_method(spec, name, tmp_path):
 
 @pytest.mark.slow
 def test_cocomix_method(tmp_path):
-  spec = ConceptMixingModelSpec(GPT2, ConceptMixingSpec(insert_at=1, num_concepts=CONCEPTS, top_k=4, chunk_length=5))
+  spec = ConceptMixingModelSpec(
+    GPT2, ConceptMixingSpec(insert_at=1, num_concepts=CONCEPTS, top_k=4, chunk_length=5)
+  )
   method = cocomix_method(spec, loss_weight=0.1)
   method_suite.check_all(method, labelled_batch(), tmp_path, golden="cocomix", except_for=KEY_BIAS)
-
-
-@pytest.mark.slow
-def test_sparse_autoencoder_method(tmp_path):
-  generator = np.random.default_rng(2)
-  activations = (generator.normal(size=(64, 16)) * 3 + 1).astype(np.float32)
-  batch = {"activations": activations, "weights": np.linspace(0.5, 1.5, 64).astype(np.float32)}
-  # With dead latents the auxiliary loss is a ratio of batch means, which microbatches do not share.
-  spec = SparseAutoencoderSpec(model_dim=16, num_latents=32, k=4, k_aux=8, dead_tokens=100_000)
-  method = sparse_autoencoder_method(spec, initial_pre_bias(spec, activations), 1.0)
-  method_suite.check_all(method, batch, tmp_path, golden="sparse_autoencoder", rtol=3e-5)
 
 
 def test_the_total_is_equation_4():
@@ -88,7 +84,10 @@ def test_without_the_concept_loss_only_chosen_rows_of_the_head_are_trained():
   for weight in (0.0, 0.1):
     method = cocomix_method(spec, loss_weight=weight)
     params = method_suite.perturbed(method.init(jax.random.key(0)))
-    loss = lambda params, method=method: method.loss(params, {}, (), one_token, jax.random.key(1)).loss.total
+
+    def loss(params, method=method):
+      return method.loss(params, {}, (), one_token, jax.random.key(1)).loss.total
+
     gradients[weight] = np.asarray(jax.grad(loss)(params)["concepts"]["head"]["bias"])
   assert 1 <= (gradients[0.0] != 0).sum() <= 2  # at most one concept for each of the two tokens
   assert (gradients[0.1] != 0).sum() == CONCEPTS

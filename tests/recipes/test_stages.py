@@ -69,7 +69,9 @@ def test_an_interrupted_stage_runs_again_and_its_time_adds_up(config, tmp_path):
 def test_a_work_directory_made_by_another_config_is_refused(config, tmp_path):
   stages_lib.run_stages(recipe([]), config, tmp_path)
   config.second.factor = 4
-  with pytest.raises(stages_lib.StageError, match=r"'second'.*second\.factor: 3 there, 4 now.*rm -r \S*second$"):
+  with pytest.raises(
+    stages_lib.StageError, match=r"'second'.*second\.factor: 3 there, 4 now.*rm -r \S*second$"
+  ):
     stages_lib.run_stages(recipe([]), config, tmp_path)
 
 

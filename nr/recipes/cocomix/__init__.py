@@ -31,11 +31,18 @@ def stages(config: Any) -> list[Stage]:
     Stage("tokenizer", corpus.run, sections=("corpus", "tokenizer")),
     Stage("teacher", teacher.run, sections=("teacher", "window", "seed"), inputs=("tokenizer",)),
     Stage("sae", autoencoder.run, sections=("sae", "window", "seed"), inputs=("tokenizer", "teacher")),
-    Stage("labels", labels.run, sections=("targets", "labels", "window"), inputs=("tokenizer", "teacher", "sae")),
-    Stage("students", students.run, sections=("students", "window", "seed"), inputs=("tokenizer", "labels")),
-    Stage("evaluate", evaluate.run, sections=("evaluate", "seed"), inputs=("tokenizer", "labels", "students")),
     Stage(
-      "steer", steer.run, sections=("steer", "seed"), inputs=("tokenizer", "teacher", "sae", "labels", "students")
+      "labels", labels.run, sections=("targets", "labels", "window"), inputs=("tokenizer", "teacher", "sae")
+    ),
+    Stage("students", students.run, sections=("students", "window", "seed"), inputs=("tokenizer", "labels")),
+    Stage(
+      "evaluate", evaluate.run, sections=("evaluate", "seed"), inputs=("tokenizer", "labels", "students")
+    ),
+    Stage(
+      "steer",
+      steer.run,
+      sections=("steer", "seed"),
+      inputs=("tokenizer", "teacher", "sae", "labels", "students"),
     ),
     Stage(
       "report",

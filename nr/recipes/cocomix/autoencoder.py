@@ -49,7 +49,9 @@ def run(context: StageContext) -> Artifact:
   }
 
 
-def activation_batches(context: StageContext, teacher: Model, batch_size: int, seed: int) -> ActivationBatches:
+def activation_batches(
+  context: StageContext, teacher: Model, batch_size: int, seed: int
+) -> ActivationBatches:
   """Returns the shuffled stream of the teacher's activations on the training split."""
   config = context.config
   return ActivationBatches(

@@ -60,11 +60,15 @@ def find_firings(
   @jax.jit
   def encode(teacher_params: Any, autoencoder_params: Any, batch: Any) -> Any:
     module = parameters.merge(autoencoder.graphdef, autoencoder_params)
-    stream_BLD = activations_at(parameters.merge(teacher.graphdef, teacher_params), TapInputs.of(batch), layer)
+    stream_BLD = activations_at(
+      parameters.merge(teacher.graphdef, teacher_params), TapInputs.of(batch), layer
+    )
     return module.encode(module.normalise(stream_BLD).values_TD)
 
   latents, values, places = [], [], []
-  for number, batch in enumerate(tqdm(batches, total=len(batches), desc="contexts", unit="batch", leave=False)):
+  for number, batch in enumerate(
+    tqdm(batches, total=len(batches), desc="contexts", unit="batch", leave=False)
+  ):
     code = encode(teacher.params, autoencoder.params, batch)
     values_BLK, indices_BLK = np.asarray(code.values_TK), np.asarray(code.indices_TK)
     first = number * batch_size * source.length

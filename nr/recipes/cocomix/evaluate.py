@@ -40,13 +40,16 @@ def run(context: StageContext) -> Artifact:
     difference = loss_difference_interval(*pair, seed=config.seed)
     artifact["differences"][str(seed)] = difference._asdict()
   losses = {
-    kind: np.array([results[run_name(kind, seed)]["val_loss"] for seed in students["seeds"]]) for kind in KINDS
+    kind: np.array([results[run_name(kind, seed)]["val_loss"] for seed in students["seeds"]])
+    for kind in KINDS
   }
   over_seeds = paired_difference(losses["cocomix"], losses["ntp"])
   artifact["over_seeds"] = finite(over_seeds)
   np.savez(
     context.directory / "document_scores.npz",
-    **{f"{name}_{field}": value for name, score in scores.items() for field, value in score._asdict().items()},
+    **{
+      f"{name}_{field}": value for name, score in scores.items() for field, value in score._asdict().items()
+    },
   )
   return artifact
 

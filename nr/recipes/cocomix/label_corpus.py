@@ -103,9 +103,7 @@ def label_dataset(
   """
   writer = LabelWriter(directory, header)
   source = WindowSource(dataset, header.window, reset_at_documents=header.reset_at_documents)
-  step = make_label_step(
-    teacher[0], autoencoder[0], layer=header.layer, spec=spec, loss_chunk=loss_chunk
-  )
+  step = make_label_step(teacher[0], autoencoder[0], layer=header.layer, spec=spec, loss_chunk=loss_chunk)
   bar = tqdm(total=len(writer.spans), initial=writer.windows_done, desc="labels", unit=" windows",
              disable=not progress)  # fmt: skip
   with bar:

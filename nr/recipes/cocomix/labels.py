@@ -62,7 +62,9 @@ def run(context: StageContext) -> Artifact:
   return artifact
 
 
-def open_labels(context: StageContext, artifact: Artifact, split: str, dataset: TokenDataset | None = None) -> LabelCache:
+def open_labels(
+  context: StageContext, artifact: Artifact, split: str, dataset: TokenDataset | None = None
+) -> LabelCache:
   """Opens the labels of a split, refusing any that were not made from this very run."""
   recorded = artifact["splits"][split]
   dataset = dataset or corpus.open_split(context, split)

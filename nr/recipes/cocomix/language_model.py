@@ -19,7 +19,9 @@ from nr.training.method import Method
 from nr.training.model_files import Model, count_parameters, load_model, save_model
 
 
-def window_source(context: StageContext, split: str, labels: np.ndarray | None = None, **options: Any) -> WindowSource:
+def window_source(
+  context: StageContext, split: str, labels: np.ndarray | None = None, **options: Any
+) -> WindowSource:
   """Returns the windows of a split as the config's `window` section asks for them."""
   window = context.config.window
   dataset = corpus.open_split(context, split)
@@ -81,7 +83,9 @@ def train_language_model(
 def training_flops_per_token(method: Method, source: WindowSource, batch_size: int) -> float:
   """Counts the matrix-product FLOPs of forward and backward from the program, per token read."""
   element = source[0]
-  batch = {name: jax.ShapeDtypeStruct((batch_size, *value.shape), value.dtype) for name, value in element.items()}
+  batch = {
+    name: jax.ShapeDtypeStruct((batch_size, *value.shape), value.dtype) for name, value in element.items()
+  }
   key = jax.eval_shape(lambda: jax.random.key(0))
   params = jax.eval_shape(method.init, key)
   extra = jax.eval_shape(method.init_extra, params)
@@ -95,7 +99,10 @@ def training_flops_per_token(method: Method, source: WindowSource, batch_size: i
 def forward_flops_per_token(model: Model, length: int) -> float:
   """Counts the FLOPs of one forward pass with logits at every position, per token."""
   tokens = jax.ShapeDtypeStruct((1, length), np.int32)
-  return count_flops(lambda params, tokens: parameters.merge(model.graphdef, params)(tokens), model.params, tokens) / length
+  return (
+    count_flops(lambda params, tokens: parameters.merge(model.graphdef, params)(tokens), model.params, tokens)
+    / length
+  )
 
 
 def make_token_nll(model: Model, loss_chunk: int | None = None) -> Callable[[Mapping[str, Any]], jax.Array]:

@@ -14,9 +14,7 @@ from nr.training.method import Method
 from nr.training.model_files import ConceptMixingModelSpec, axes_of, build_model, graphdef_of
 
 
-def sparse_autoencoder_method(
-  spec: SparseAutoencoderSpec, pre_bias_D: jax.Array, mse_scale: float
-) -> Method:
+def sparse_autoencoder_method(spec: SparseAutoencoderSpec, pre_bias_D: jax.Array, mse_scale: float) -> Method:
   """Returns the method that trains a TopK sparse autoencoder (arXiv 2406.04093).
 
   Args:

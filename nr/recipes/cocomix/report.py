@@ -16,7 +16,7 @@ from nr.training.writers import read_metrics
 
 STUDENT_FIELDS = (
   "params", "activated_params", "train_tokens", "tokens_per_second", "train_flops_per_token", "forward_flops_per_token",
-)  # fmt: skip
+)
 
 
 def run(context: StageContext) -> Artifact:
@@ -98,14 +98,16 @@ def draw(context: StageContext, report: dict[str, Any]) -> list[str]:
   plots.plot_curves(
     folder / "sae.png", sae_curves, title="Sparse autoencoder", x_label="step", y_label="FVU of the batch",
     logarithmic=True,
-  )  # fmt: skip
+  )
   bars = {kind: Interval(entry["val_ppl"], *entry["ppl_ci95"]) for kind, entry in report["students"].items()}
-  plots.plot_intervals(folder / "perplexity.png", bars, title="Validation perplexity, 95 % interval", y_label="perplexity")
+  plots.plot_intervals(
+    folder / "perplexity.png", bars, title="Validation perplexity, 95 % interval", y_label="perplexity"
+  )
   density = np.load(context.path(inputs["sae"]["density"]), allow_pickle=False)
   plots.plot_histogram(
     folder / "sae_density.png", density, title="How often latents fire", x_label="log10 fraction of tokens",
     y_label="latents",
-  )  # fmt: skip
+  )
   draw_steering(folder, report["steering"]["sweeps"])
   return sorted(context.relative(path) for path in folder.glob("*.png"))
 

@@ -65,16 +65,22 @@ def students(report: dict[str, Any]) -> str:
     low, high = entry["ci95"]
     rows.append(
       [
-        NAMES[kind], entry["params"], entry["activated_params"], entry["train_tokens"],
-        f"{entry['val_loss']:.4f} ({low:.4f} to {high:.4f})", f"{entry['val_ppl']:.2f}",
-        f"{entry['bits_per_byte']:.4f}", entry["tokens_per_second"], f"{entry['train_flops_per_token'] / 1e6:.2f} M",
+        NAMES[kind],
+        entry["params"],
+        entry["activated_params"],
+        entry["train_tokens"],
+        f"{entry['val_loss']:.4f} ({low:.4f} to {high:.4f})",
+        f"{entry['val_ppl']:.2f}",
+        f"{entry['bits_per_byte']:.4f}",
+        entry["tokens_per_second"],
+        f"{entry['train_flops_per_token'] / 1e6:.2f} M",
         f"{entry['forward_flops_per_token'] / 1e6:.2f} M",
-      ]  # fmt: skip
+      ]
     )
   header = [
     "student", "parameters", "activated", "training tokens", "validation loss, nats (95 % interval)", "perplexity",
     "bits/byte", "training tokens/s", "training FLOPs/token", "forward FLOPs/token",
-  ]  # fmt: skip
+  ]
   cocomix = report["students"]["cocomix"]
   note = (
     f"Concept loss on validation {cocomix['concept_loss']:.4f} nats (four distinct labels allow no less than ln 4 = "
@@ -89,9 +95,12 @@ def corpus(report: dict[str, Any]) -> str:
   """Returns the table of the splits."""
   sizes = report["corpus"]
   rows = [
-    [split, sizes["documents"][split], sizes["tokens"][split], sizes["bytes"][split]] for split in sizes["documents"]
+    [split, sizes["documents"][split], sizes["tokens"][split], sizes["bytes"][split]]
+    for split in sizes["documents"]
   ]
-  text = f"`{sizes['name']}`, split by a hash of each document; vocabulary {report['tokenizer']['vocab_size']:,}."
+  text = (
+    f"`{sizes['name']}`, split by a hash of each document; vocabulary {report['tokenizer']['vocab_size']:,}."
+  )
   return f"{text}\n\n{table(['split', 'documents', 'tokens', 'bytes of text'], rows)}"
 
 
@@ -120,7 +129,9 @@ def concepts(rows: list[dict[str, Any]]) -> str:
   for row in rows:
     texts = " <br> ".join(f"`{inline(context['text'])}`" for context in row["contexts"])
     cells.append([str(row["concept"]), row["label_count"], f"{row['firing_frequency']:.2%}", texts])
-  return table(["concept", "times a label", "fires on", "strongest validation contexts (token in « »)"], cells)
+  return table(
+    ["concept", "times a label", "fires on", "strongest validation contexts (token in « »)"], cells
+  )
 
 
 def steering(result: dict[str, Any]) -> str:

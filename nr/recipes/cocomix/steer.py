@@ -57,8 +57,12 @@ def run(context: StageContext) -> Artifact:
   models = {
     "teacher": load_model(context.path(inputs["teacher"]["model"]), fingerprint),
     "sae": load_model(context.path(inputs["sae"]["model"]), fingerprint),
-    "student": load_model(context.path(inputs["students"]["runs"][run_name("cocomix", seed)]["model"]), fingerprint),
-    "baseline": load_model(context.path(inputs["students"]["runs"][run_name("ntp", seed)]["model"]), fingerprint),
+    "student": load_model(
+      context.path(inputs["students"]["runs"][run_name("cocomix", seed)]["model"]), fingerprint
+    ),
+    "baseline": load_model(
+      context.path(inputs["students"]["runs"][run_name("ntp", seed)]["model"]), fingerprint
+    ),
   }
   tokenizer = load_tokenizer(context.path(inputs["tokenizer"]["tokenizer"]))
   dataset = corpus.open_split(context, "validation")
@@ -156,7 +160,12 @@ def point(strength: float | None, steered: Steered, seed: int) -> dict[str, Any]
 
 
 def measure(
-  config: Any, seed: int, models: dict[str, Model], tokenizer: Any, prompts_PL: np.ndarray, edit: ConceptIntervention
+  config: Any,
+  seed: int,
+  models: dict[str, Model],
+  tokenizer: Any,
+  prompts_PL: np.ndarray,
+  edit: ConceptIntervention,
 ) -> Steered:
   """Steers the student on all prompts at once; the strength is traced, so a sweep compiles once."""
   student, baseline = models["student"], models["baseline"]
@@ -176,7 +185,9 @@ def measure(
     baseline.graphdef, baseline.params, prompts_PL, continued.tokens_BN, continued.lengths_B
   )
   lengths_P = np.asarray(continued.lengths_B)
-  texts = [tokenizer.decode(row[:length].tolist()) for row, length in zip(np.asarray(continued.tokens_BN), lengths_P)]
+  texts = [
+    tokenizer.decode(row[:length].tolist()) for row, length in zip(np.asarray(continued.tokens_BN), lengths_P)
+  ]
   return Steered(np.asarray(kl_P), np.asarray(nll_P), lengths_P, texts, np.asarray(log_ratio_V))
 
 

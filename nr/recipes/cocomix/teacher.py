@@ -13,7 +13,5 @@ def run(context: StageContext) -> Artifact:
   method = next_token_method(spec, name="teacher")
   artifact = language_model.train_language_model(context, context.directory, method, spec, training)
   scores = language_model.score_split(context, artifact, "validation", training.batch_size)
-  artifact.update(
-    val_loss=scores.loss(), val_ppl=scores.perplexity(), bits_per_byte=scores.bits_per_byte()
-  )
+  artifact.update(val_loss=scores.loss(), val_ppl=scores.perplexity(), bits_per_byte=scores.bits_per_byte())
   return artifact

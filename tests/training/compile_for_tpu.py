@@ -18,6 +18,8 @@ os.environ.update(
   TPU_SKIP_MDS_QUERY="1",
   TPU_ACCELERATOR_TYPE="v5litepod-8",
   TPU_WORKER_HOSTNAMES="localhost",
+  # No chip is touched, so that several compilers may run beside each other.
+  ALLOW_MULTIPLE_LIBTPU_LOAD="1",
   # libtpu writes to files in /tmp/tpu_logs unless told otherwise; 1: warnings.
   TPU_STDERR_LOG_LEVEL="1",
   TPU_MIN_LOG_LEVEL="1",

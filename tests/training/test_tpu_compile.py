@@ -20,14 +20,18 @@ HBM_V5E = 15.75 * 2**30
 
 
 @functools.cache
-def compile_all(size, *modes):
-  """Returns (reports, compiler messages), each by program."""
+def run_compiler(size, *modes):
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("needs libtpu to compile for a TPU: pip install 'nr[tpu]'")
   path = os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")])
   environment = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""}
   command = [sys.executable, str(SCRIPT), size, *modes]
-  done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500, check=False)
+  return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500, check=False)
+
+
+def compile_all(size, *modes):
+  """Returns (reports, compiler messages), each by program."""
+  done = run_compiler(size, *modes)
   assert done.returncode == 0, done.stderr[-4000:]
   reports = {report["program"]: report for report in map(json.loads, done.stdout.splitlines())}
   sections = [section.partition("\n") for section in ("\n" + done.stderr).split("\n=== ")[1:]]

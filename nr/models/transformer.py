@@ -140,7 +140,10 @@ class Transformer(nnx.Module):
       ValueError: if L exceeds the spec's max_length and positions are learned.
     """
     spec, length = self.spec, tokens_BL.shape[1]
-    x_BLD = self.token_embedding[...][tokens_BL].astype(spec.dtype)
+    # Whole rows on every device: a look-up in a table split along D would make the
+    # partitioner copy the activations to every device before it splits them anew.
+    table_VD = constrain(self.token_embedding[...], "vocab", "activation_embed")
+    x_BLD = table_VD[tokens_BL].astype(spec.dtype)
     if spec.scale_embedding:
       x_BLD = x_BLD * jnp.asarray(spec.model_dim**0.5, spec.dtype)
     if self.position_embedding is not None:

@@ -21,14 +21,14 @@ import numpy as np
 
 from nr.data.bad_records import DataError
 from nr.data.token_dataset import check_files, describe_file, read_header
-from nr.data.windows import NO_LABEL
+from nr.files import replace_text
+from nr.labels import MAX_CONCEPTS, NO_LABEL
 
 FORMAT = "nr.concept_labels"
 VERSION = 1
 LABELS = "labels.npy"
 PROGRESS = "progress.json"
 HEADER = "dataset.json"
-MAX_CONCEPTS = 65_534
 _SECONDS_BETWEEN_SAVES = 10.0
 
 
@@ -137,7 +137,7 @@ class LabelWriter:
     else:
       (self.directory / HEADER).unlink(missing_ok=True)
       self._labels = self._create()
-      self._save()
+      self.save()
     self._saved_at = time.monotonic()
 
   @property
@@ -179,11 +179,15 @@ class LabelWriter:
       self._state["fewer"] += int((positive < self.header.labels_per_token).sum())
     self._state["windows"] += len(spans)
     if time.monotonic() - self._saved_at > _SECONDS_BETWEEN_SAVES:
-      self._save()
+      self.save()
 
   def save(self) -> None:
     """Makes everything written so far survive a kill."""
-    self._save()
+    # Labels first: progress must never run ahead of them.
+    self._labels.flush()
+    progress = {"header": self.header.to_dict(), "state": self._state}
+    replace_text(self.directory / PROGRESS, json.dumps(progress) + "\n")
+    self._saved_at = time.monotonic()
 
   def finish(self) -> "LabelCache":
     """Counts, hashes and seals the cache.
@@ -194,7 +198,7 @@ class LabelWriter:
     missing = len(self.spans) - self.windows_done
     if missing:
       raise DataError(f"{self.directory}: {missing} of {len(self.spans)} windows have no labels yet")
-    self._save()
+    self.save()
     scored = max(1, self._state["scored"])
     counts = {
       "scored": self._state["scored"],
@@ -206,7 +210,7 @@ class LabelWriter:
       "format": FORMAT, "version": VERSION, **self.header.to_dict(), "counts": counts,
       "files": {LABELS: describe_file(self.directory / LABELS)},
     }
-    _replace_text(self.directory / HEADER, json.dumps(header, indent=2) + "\n")
+    replace_text(self.directory / HEADER, json.dumps(header, indent=2) + "\n")
     (self.directory / PROGRESS).unlink()
     return LabelCache.open(self.directory)
 
@@ -223,13 +227,6 @@ class LabelWriter:
         raise DataError(f"{path}: no room for {labels.nbytes} bytes of labels ({error.strerror}); "
                         "free space or choose another workdir") from error
     return labels
-
-  def _save(self) -> None:
-    # Labels first: progress must never run ahead of them.
-    self._labels.flush()
-    progress = {"header": self.header.to_dict(), "state": self._state}
-    _replace_text(self.directory / PROGRESS, json.dumps(progress) + "\n")
-    self._saved_at = time.monotonic()
 
 
 class LabelCache:
@@ -298,13 +295,3 @@ def _check_equal(path: pathlib.Path, found: Mapping, wanted: Mapping, remedy: st
     elif there != value:
       raise DataError(f"{path}, field {prefix + name!r}: labels were made with {there!r}, "
                       f"expected {value!r}; {remedy}")
-
-
-def _replace_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that a reader sees the old or the new content, never half of it."""
-  partial = path.with_suffix(".partial")
-  with open(partial, "w", encoding="utf-8") as stream:
-    stream.write(text)
-    stream.flush()
-    os.fsync(stream.fileno())
-  os.replace(partial, path)

@@ -12,7 +12,8 @@ import numpy as np
 
 from nr.data.bad_records import DataError
 from nr.data.token_dataset import TokenDataset
-from nr.data.windows import NO_LABEL, rows_per_process
+from nr.data.windows import rows_per_process
+from nr.labels import NO_LABEL
 
 
 class ChunkSource:

@@ -13,9 +13,9 @@ import numpy as np
 
 from nr.data.bad_records import DataError
 from nr.data.token_dataset import TokenDataset
+from nr.labels import NO_LABEL
 from nr.names import unknown
 
-NO_LABEL = 65_535
 SHIFTS = ("none", "sample", "epoch")
 Batch = dict[str, np.ndarray]
 

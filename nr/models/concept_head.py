@@ -17,9 +17,6 @@ from nr.models.concept_intervention import ConceptIntervention, edit_logits, edi
 from nr.models.partitioning import constrain
 from nr.models.top_k import top_k, top_k_indices
 
-NO_LABEL = 65535
-"""Label value that stands for "no label here"."""
-
 
 class ConceptPrediction(NamedTuple):
   """What one pass over the concept logits z yields.
@@ -30,7 +27,7 @@ class ConceptPrediction(NamedTuple):
       intervention.
     log_normalizer_BL: float32 [B, L], logsumexp of z over all concepts, nats.
     label_logits_BLA: float32 [B, L, A], z at the labels (arbitrary where a label
-      is `NO_LABEL`), or None when no labels were given.
+      is `nr.labels.NO_LABEL`), or None when no labels were given.
   """
 
   values_BLK: jax.Array
@@ -57,7 +54,7 @@ def predict_concepts(
     kernel_DC: [D, C], same type as `u_BLD`.
     bias_C: float32 [C].
     k: how many concepts to select.
-    labels_BLA: integer [B, L, A] label concepts, `NO_LABEL` for none.
+    labels_BLA: integer [B, L, A] label concepts, `nr.labels.NO_LABEL` for none.
     intervention: edits the selection only; the log-normaliser and the label
       logits stay those of the model's own prediction. Uses all logits at once.
     top_k_impl: see `nr.models.top_k`.

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-NO_LABEL = 65535
-"""What a label slot holds when there is no label (the largest uint16)."""
+from nr import names
+from nr.labels import NO_LABEL
 
 _CHOICES = {
   "act": ("post", "pre"),
@@ -69,7 +69,7 @@ class AttributionSpec:
     for field, allowed in _CHOICES.items():
       value = getattr(self, field)
       if value not in allowed:
-        raise ValueError(f"targets.{field}={value!r} is unknown; use one of {', '.join(allowed)}")
+        raise ValueError(names.unknown(f"targets.{field}", value, allowed))
       if (field, value) in _NOT_YET:
         raise ValueError(f"targets.{field}={value!r} is not available yet; use {allowed[0]!r}")
     if self.k_attr < 1:

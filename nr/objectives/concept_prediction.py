@@ -12,10 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nr.labels import NO_LABEL
 from nr.objectives.weighted import Weighted
-
-NO_LABEL = 65535
-"""Label value that stands for "no label here"."""
 
 
 class ConceptPredictionLoss(NamedTuple):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nr import names
+from nr.files import replace_text
 
 Artifact = dict[str, Any]
 MANIFEST = "manifest.json"
@@ -127,9 +128,7 @@ def read_manifest(workdir: pathlib.Path) -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON so that a reader sees the old file or the new one, never half."""
-  temporary = path.with_name(path.name + ".partial")
-  temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
-  temporary.replace(path)
+  replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _check_against_manifest(

@@ -5,12 +5,13 @@ The methods are those of clu's writers, which need TensorFlow; ours do not.
 
 import json
 import logging
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+from nr.files import replace_text
 
 
 class Writer(Protocol):
@@ -50,9 +51,7 @@ class JsonLinesWriter:
     self._path.parent.mkdir(parents=True, exist_ok=True)
     if last_step is not None and self._path.exists():
       kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= last_step]
-      partial = self._path.with_suffix(".partial")
-      partial.write_text("".join(line + "\n" for line in kept))
-      os.replace(partial, self._path)
+      replace_text(self._path, "".join(line + "\n" for line in kept))
     self._file = self._path.open("a", encoding="utf-8")
 
   def _write(self, step: int, values: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from nr.data.bad_records import DataError
 from nr.data.packing import ChunkSource, packed_batches
 from nr.data.sources import Document
 from nr.data.token_dataset import write_token_dataset
-from nr.data.windows import NO_LABEL
+from nr.labels import NO_LABEL
 
 
 @pytest.fixture(scope="module")

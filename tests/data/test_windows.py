@@ -7,7 +7,8 @@ from byte_tokenizer import ByteTokenizer, random_dataset
 from nr.data.bad_records import DataError
 from nr.data.sources import Document
 from nr.data.token_dataset import write_token_dataset
-from nr.data.windows import NO_LABEL, WindowSource, ordered_batches, shuffled_batches
+from nr.data.windows import WindowSource, ordered_batches, shuffled_batches
+from nr.labels import NO_LABEL
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,8 @@ import optax
 import pytest
 from cocomix_models import CONCEPTS, LENGTH, concept_spec, make_labels, make_model, make_tokens
 
-from nr.models import concept_head, concept_mixing_spec
 from nr.models.concept_head import concept_logits, mix_concepts, predict_concepts
 from nr.models.parameters import merge, split
-from nr.objectives import concept_prediction
 from nr.objectives.concept_prediction import concept_prediction_loss
 
 WIDTH = 16
@@ -154,7 +152,3 @@ def test_36_without_concept_loss_the_head_learns_on_selected_concepts_only():
   np.testing.assert_array_equal(size > 0, is_selected)
   size = np.abs(gradient["concepts"]["compression"]["kernel"]).max(axis=1)
   np.testing.assert_array_equal(size > 0, is_selected)
-
-
-def test_no_label_means_the_same_everywhere():
-  assert concept_head.NO_LABEL == concept_prediction.NO_LABEL == concept_mixing_spec.MOST_CONCEPTS == 65535

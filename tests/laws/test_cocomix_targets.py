@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nr.labels import NO_LABEL
 from nr.models import parameters
 from nr.models.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderSpec
 from nr.objectives import attribution
-from nr.objectives.attribution import NO_LABEL, AttributionSpec
+from nr.objectives.attribution import AttributionSpec
 
 WIDTH, LATENTS, ACTIVE, VOCABULARY, LENGTH = 12, 40, 8, 17, 6
 
@@ -192,7 +193,7 @@ def test_variants_that_are_not_built_say_so(field, value):
 
 
 def test_unknown_variants_and_too_many_labels_are_refused():
-  with pytest.raises(ValueError, match=r"targets\.sign='up' is unknown; use one of paper, negated, abs"):
+  with pytest.raises(ValueError, match=r"targets\.sign='up' is unknown: Valid: paper, negated, abs"):
     AttributionSpec(sign="up")
   with pytest.raises(ValueError, match="k_attr=9 is above the 8 active latents"):
     label(AttributionSpec(k_attr=9))

@@ -75,7 +75,7 @@ def test_activated_parameters_of_the_papers_sizes():
     ({"students.cocomix.concept.insert_at": 4}, r"insert_at=4.*4 blocks; choose 0 to 3"),
     ({"targets.k_attr": 17}, r"k_attr=17 is above the 16 active latents"),
     ({"targets.scope": "next"}, r"scope='next' is not available yet"),
-    ({"targets.sign": "nagated"}, r"sign='nagated' is unknown; use one of paper, negated, abs"),
+    ({"targets.sign": "nagated"}, r"sign='nagated' is unknown: did you mean 'negated'"),
     ({"teacher.tap_layer": 4}, r"tap_layer=4 is outside the teacher: choose 0..3"),
     ({"sae.num_latents": 70_000}, r"num_latents=70000: labels are stored as uint16"),
     ({"sae.arch": "gated"}, r"arch='gated' is not available yet"),

@@ -8,10 +8,11 @@ from nr.data.concept_labels import LabelCache, LabelWriter
 from nr.data.sources import Document
 from nr.data.token_dataset import write_token_dataset
 from nr.data.windows import WindowSource
+from nr.labels import NO_LABEL
 from nr.models import parameters
 from nr.models.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderSpec
 from nr.models.transformer import Transformer, TransformerSpec
-from nr.objectives.attribution import NO_LABEL, AttributionSpec
+from nr.objectives.attribution import AttributionSpec
 from nr.recipes.cocomix import label_corpus
 
 VOCABULARY, WINDOW, LAYER = 30, 8, 0

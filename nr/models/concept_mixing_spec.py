@@ -1,9 +1,10 @@
 """Settings of the concept path of CoCoMix: one frozen record with every axis named."""
 
 import dataclasses
-import difflib
 from typing import Any, Self
 
+from nr import names
+from nr.labels import MAX_CONCEPTS, NO_LABEL
 from nr.models.top_k import IMPLEMENTATIONS
 from nr.models.transformer_spec import TransformerSpec
 
@@ -14,9 +15,6 @@ HEAD_IMPLS = ("fused", "dense"), ()
 COMPRESSION_IMPLS = ("gather", "dense"), ()
 TOP_K_IMPLS = IMPLEMENTATIONS, ("approximate",)
 LAST_BLOCKS = ("readout_rows", "all_rows"), ()
-
-MOST_CONCEPTS = 65535
-"""Labels are stored as uint16 with 65535 for "none", so indices end at 65534."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +70,8 @@ class ConceptMixingSpec:
       self._refuse("chunk_length", "give a number of positions, or 0 for all")
     if not isinstance(self.insert_at, int) or self.insert_at < 0:
       self._refuse("insert_at", "give the index of a block, from 0")
-    if self.num_concepts > MOST_CONCEPTS:
-      self._refuse("num_concepts", f"labels are uint16 with 65535 for none, so at most {MOST_CONCEPTS}")
+    if self.num_concepts > MAX_CONCEPTS:
+      self._refuse("num_concepts", f"labels are uint16 with {NO_LABEL} for none, so at most {MAX_CONCEPTS}")
     if self.top_k > self.num_concepts:
       self._refuse("top_k", f"must be at most num_concepts={self.num_concepts}")
 
@@ -121,16 +119,7 @@ class ConceptMixingSpec:
     Raises:
       ValueError: if a field is unknown (with the nearest known one), missing or invalid.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in settings:
-      if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(fields)}"
-        raise ValueError(f"ConceptMixingSpec.{name}={settings[name]!r}: unknown field; {remedy}")
-    for name, field in fields.items():
-      if field.default is dataclasses.MISSING and name not in settings:
-        raise ValueError(f"ConceptMixingSpec.{name} is missing: give an integer")
-    return cls(**settings)
+    return names.from_dict(cls, settings)
 
 
 _CHOICES = {

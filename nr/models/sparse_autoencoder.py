@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nr import names
 from nr.models import parameters
 from nr.models.partitioning import constrain
 from nr.models.top_k import IMPLEMENTATIONS, top_k
@@ -24,6 +25,12 @@ from nr.models.top_k import IMPLEMENTATIONS, top_k
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "gated", "relu")
 NORMALISATIONS = ("layer_norm_unbiased",)
 DECODINGS = ("gather", "dense")
+_CHOICES = {
+  "arch": ARCHITECTURES,
+  "normalisation": NORMALISATIONS,
+  "decoding": DECODINGS,
+  "top_k": IMPLEMENTATIONS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +69,11 @@ class SparseAutoencoderSpec:
   param_dtype: str = "float32"
 
   def __post_init__(self):
-    _one_of("arch", self.arch, ARCHITECTURES)
+    for field, allowed in _CHOICES.items():
+      if getattr(self, field) not in allowed:
+        raise ValueError(names.unknown(f"sparse autoencoder {field}", getattr(self, field), allowed))
     if self.arch != "topk":
       raise ValueError(f"sparse autoencoder arch={self.arch!r} is not available yet; use arch='topk'")
-    _one_of("normalisation", self.normalisation, NORMALISATIONS)
-    _one_of("decoding", self.decoding, DECODINGS)
-    _one_of("top_k", self.top_k, IMPLEMENTATIONS)
     if self.model_dim < 2:
       raise ValueError(f"model_dim={self.model_dim}: the unbiased deviation needs a width of at least 2")
     for name in ("k", "k_aux"):
@@ -85,8 +91,8 @@ class SparseAutoencoderSpec:
 
   @classmethod
   def from_dict(cls, settings: dict) -> "SparseAutoencoderSpec":
-    """Builds a spec from `to_dict`'s result; unknown fields raise TypeError."""
-    return cls(**settings)
+    """Makes a spec from plain values, inverse of `to_dict`. Raises ValueError for unknown or missing fields."""
+    return names.from_dict(cls, settings)
 
 
 class Normalised(NamedTuple):
@@ -119,7 +125,7 @@ class SparseAutoencoder(nnx.Module):
   """TopK sparse autoencoder; parameters encoder/kernel, latent_bias, decoder/kernel, pre_bias.
 
   The constructor ties decoder = encoder transposed with unit rows (they are free afterwards) and
-  leaves both biases 0; `initialise_from_activations` adds what depends on data.
+  leaves both biases 0; `initialise` adds what depends on data.
   """
 
   def __init__(self, spec: SparseAutoencoderSpec, *, rngs: nnx.Rngs):
@@ -187,11 +193,6 @@ class SparseAutoencoder(nnx.Module):
     dense_TC = densify(code, self.spec.num_latents)
     return constrain(dense_TC, *_activation_axes(dense_TC.ndim))
 
-  def reconstruct(self, x_TD: jax.Array) -> jax.Array:
-    """Returns the reconstruction of raw activations in the model's own space, float32."""
-    normalised = self.normalise(x_TD)
-    return self.denormalise(self.decode(self.encode(normalised.values_TD)), normalised)
-
   def __call__(self, x_TD: jax.Array) -> tuple[jax.Array, SparseCode]:
     """Returns (reconstruction in the model's own space, active latents) of raw activations."""
     normalised = self.normalise(x_TD)
@@ -257,24 +258,12 @@ def geometric_median(
   return jax.lax.while_loop(unfinished, improve, start)[1]
 
 
-def initialise_from_activations(
-  spec: SparseAutoencoderSpec,
-  activations_ND: jax.Array,
-  key: jax.Array,
-  *,
-  rescale_encoder: bool = True,
-) -> dict:
-  """Returns initial parameters as the released trainer makes them.
-
-  Tied encoder and decoder, unit decoder rows, latent bias 0, pre-bias the geometric median of the
-  normalised sample, and optionally the encoder divided by the mean norm of the reconstruction of 256
-  random unit vectors around the pre-bias (the release reports no clear benefit).
+def initial_pre_bias(spec: SparseAutoencoderSpec, activations_ND: jax.Array) -> jax.Array:
+  """Returns the geometric median [D] of a sample of raw activations, in the normalised space.
 
   Args:
     spec: settings.
     activations_ND: raw activations of the model, a few thousand rows (32,768 in the release).
-    key: random key; the same key gives the same parameters.
-    rescale_encoder: whether to divide the encoder as described.
 
   Raises:
     ValueError: the sample's width is not `spec.model_dim`.
@@ -283,18 +272,24 @@ def initialise_from_activations(
     raise ValueError(
       f"sample of activations has width {activations_ND.shape[-1]}, model_dim is {spec.model_dim}"
     )
-  return initialise(spec, initial_pre_bias(spec, activations_ND), key, rescale_encoder=rescale_encoder)
-
-
-def initial_pre_bias(spec: SparseAutoencoderSpec, activations_ND: jax.Array) -> jax.Array:
-  """Returns the geometric median [D] of a sample of raw activations, in the normalised space."""
   return geometric_median(normalise(activations_ND, spec.epsilon).values_TD)
 
 
 def initialise(
   spec: SparseAutoencoderSpec, pre_bias_D: jax.Array, key: jax.Array, *, rescale_encoder: bool = True
 ) -> dict:
-  """Returns initial parameters around a given pre-bias; see `initialise_from_activations`."""
+  """Returns initial parameters as the released trainer makes them.
+
+  Tied encoder and decoder, unit decoder rows, latent bias 0, and optionally the encoder divided by the
+  mean norm of the reconstruction of 256 random unit vectors around the pre-bias (the release reports no
+  clear benefit).
+
+  Args:
+    spec: settings.
+    pre_bias_D: see `initial_pre_bias`.
+    key: random key; the same key gives the same parameters.
+    rescale_encoder: whether to divide the encoder as described.
+  """
   key_model, key_probe = jax.random.split(key)
   graphdef, params = parameters.split(SparseAutoencoder(spec, rngs=nnx.Rngs(key_model)))
   params = {**params, "pre_bias": pre_bias_D.astype(spec.param_dtype)}
@@ -305,11 +300,6 @@ def initialise(
     norm = jnp.linalg.norm(autoencoder.decode_latents(code), axis=-1).mean()
     params = {**params, "encoder": {"kernel": params["encoder"]["kernel"] / norm.astype(spec.param_dtype)}}
   return params
-
-
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-  if value not in allowed:
-    raise ValueError(f"sparse autoencoder {field}={value!r} is unknown; use one of {', '.join(allowed)}")
 
 
 def _wide(dtype) -> jnp.dtype:

@@ -1,8 +1,9 @@
 """Settings of a decoder-only transformer: one frozen record for four families."""
 
 import dataclasses
-import difflib
 from typing import Any, Self
+
+from nr import names
 
 POSITIONS = ("learned", "rotary")
 NORMS = ("layer_norm", "rms_norm")
@@ -182,16 +183,7 @@ class TransformerSpec:
     Raises:
       ValueError: if a field is unknown (with the nearest known one), missing or invalid.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in settings:
-      if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(fields)}"
-        raise ValueError(f"TransformerSpec.{name}={settings[name]!r}: unknown field; {remedy}")
-    for name, field in fields.items():
-      if field.default is dataclasses.MISSING and name not in settings:
-        raise ValueError(f"TransformerSpec.{name} is missing: give a positive integer")
-    return cls(**settings)
+    return names.from_dict(cls, settings)
 
 
 _CHOICES = {

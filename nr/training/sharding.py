@@ -1,7 +1,6 @@
 """The one table from logical axis names to mesh axes, and all that follows from it."""
 
 import contextlib
-import difflib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from flax.core import spmd
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from nr.names import nearest
 from nr.training import trees
 
 PyTree = Any
@@ -106,8 +106,8 @@ def partition_spec(names: tuple[str | None, ...], parameter: str = "") -> Partit
   entries, used = [], {}
   for name in names:
     if name is not None and name not in RULES:
-      near = difflib.get_close_matches(name, RULES, n=1)
-      hint = f" (did you mean {near[0]!r}?)" if near else ""
+      near = nearest(name, RULES)
+      hint = f" (did you mean {near!r}?)" if near else ""
       raise ValueError(
         f"{where}logical axis {name!r} has no rule{hint}; add it to RULES in nr/training/sharding.py, "
         "with None for a copy on every device"
@@ -180,11 +180,6 @@ def shardings(axes: PyTree, mesh: Mesh, arrays: PyTree | None = None) -> PyTree:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of a batch: rows over data and fsdp."""
   return NamedSharding(mesh, partition_spec(("batch",)))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding that keeps a copy on every device."""
-  return NamedSharding(mesh, PartitionSpec())
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.Array]:

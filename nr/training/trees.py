@@ -1,12 +1,13 @@
 """Paths, patterns and partitions of parameter trees."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
+
+from nr.names import nearest
 
 PyTree = Any
 
@@ -43,8 +44,8 @@ def check_patterns(tree: PyTree, patterns: Sequence[str], field: str) -> None:
     except re.error as error:
       raise ValueError(f"{field}: {pattern!r} is not a regular expression ({error})") from None
     if not any(compiled.fullmatch(path) for path in paths):
-      nearest = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)
-      hint = f"; the nearest path is {nearest[0]!r}" if nearest else ""
+      near = nearest(pattern, paths, likeness=0.0)
+      hint = f"; the nearest path is {near!r}" if near else ""
       raise ValueError(f"{field}: pattern {pattern!r} matches no parameter path in full{hint}")
 
 

@@ -252,14 +252,15 @@ def test_35_geometric_median_is_not_the_mean():
 def test_initialisation_from_activations():
   spec = SparseAutoencoderSpec(WIDTH, LATENTS, ACTIVE, k_aux=4)
   x = activations(tokens=512)
-  params = sae.initialise_from_activations(spec, x, jax.random.key(0), rescale_encoder=False)
+  pre_bias_D = sae.initial_pre_bias(spec, x)
+  params = sae.initialise(spec, pre_bias_D, jax.random.key(0), rescale_encoder=False)
   encoder, decoder = params["encoder"]["kernel"], params["decoder"]["kernel"]
   np.testing.assert_allclose(decoder, sae.unit_rows(encoder.T), atol=1e-6)
   np.testing.assert_allclose(np.linalg.norm(decoder, axis=-1), 1, atol=1e-5)
   np.testing.assert_array_equal(params["latent_bias"], 0)
   bound = 1 / np.sqrt(WIDTH)
   assert np.abs(encoder).max() <= bound and np.abs(encoder).max() > 0.9 * bound
-  rescaled = sae.initialise_from_activations(spec, x, jax.random.key(0))
+  rescaled = sae.initialise(spec, pre_bias_D, jax.random.key(0))
   ratio = np.asarray(encoder / rescaled["encoder"]["kernel"])
   np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
   graphdef, _ = parameters.split(SparseAutoencoder(spec, rngs=nnx.Rngs(0)))
@@ -268,7 +269,7 @@ def test_initialisation_from_activations():
   norm = np.linalg.norm(model.decode_latents(model.encode(probes + rescaled["pre_bias"])), axis=-1).mean()
   np.testing.assert_allclose(norm, 1, atol=0.05)
   with pytest.raises(ValueError, match="width 3, model_dim is 10"):
-    sae.initialise_from_activations(spec, x[:, :3], jax.random.key(0))
+    sae.initial_pre_bias(spec, x[:, :3])
 
 
 def test_top_k_keeps_the_largest_by_signed_value_and_then_cuts_negatives():
@@ -285,7 +286,7 @@ def test_top_k_keeps_the_largest_by_signed_value_and_then_cuts_negatives():
   "changes, message",
   [
     ({"arch": "jumprelu"}, "arch='jumprelu' is not available yet"),
-    ({"arch": "top-k"}, "arch='top-k' is unknown; use one of topk"),
+    ({"arch": "top-k"}, "arch='top-k' is unknown: did you mean 'topk'"),
     ({"k_aux": 25}, "k_aux=25 must lie between 1 and num_latents=24"),
     ({"normalisation": "none"}, "normalisation='none' is unknown"),
     ({"dead_tokens": 0}, "dead_tokens=0"),

@@ -29,7 +29,7 @@ def test_errors_name_field_value_and_remedy(settings, message):
 
 def test_unknown_and_missing_fields_are_refused():
   with pytest.raises(
-    ValueError, match="TransformerSpec.num_layer=2: unknown field; did you mean"
+    ValueError, match="field of TransformerSpec='num_layer' is unknown: did you mean 'num_layers'"
   ):
     TransformerSpec.from_dict(SIZES | dict(num_layer=2))
   with pytest.raises(ValueError, match="TransformerSpec.vocab_size is missing"):

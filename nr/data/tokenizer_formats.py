@@ -8,7 +8,8 @@ import struct
 from collections.abc import Sequence
 
 from nr.data.bad_records import DataError
-from nr.data.tokenizers import END_OF_TEXT, Tokenizer, fingerprint_of, save_files
+from nr.data.tokenizers import END_OF_TEXT, Tokenizer
+from nr.tokenizer_files import fingerprint_of, save_files
 
 # Pieces that end a document in the families in use, most specific first.
 END_OF_TEXT_PIECES = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>")

@@ -5,7 +5,6 @@ from a given model. Byte-level BPE (GPT-2's files, or a tokenizer.json) and
 llama2.c's vocabulary live in `tokenizer_formats` and are imported when used.
 """
 
-import hashlib
 import io
 import json
 import pathlib
@@ -13,9 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from nr.data.bad_records import DataError
+from nr.tokenizer_files import SETTINGS_FILE, fingerprint_of, save_files
 
 END_OF_TEXT = "<|endoftext|>"
-SETTINGS_FILE = "nr_tokenizer.json"
 
 
 @runtime_checkable
@@ -62,27 +61,6 @@ def check_fingerprint(tokenizer: str, artifact: str, what: str) -> None:
       f"{what} was made with tokenizer {artifact}, but the tokenizer in use is {tokenizer}; "
       "make it again with this tokenizer or load that one"
     )
-
-
-def fingerprint_of(kind: str, end_of_text_id: int, files: dict[str, bytes]) -> str:
-  """Returns the sha256 (hex) over the kind, the end-of-text id and the defining files."""
-  digest = hashlib.sha256(f"{kind}\0{end_of_text_id}\0".encode())
-  for name in sorted(files):
-    digest.update(f"{name}\0{len(files[name])}\0".encode())
-    digest.update(files[name])
-  return digest.hexdigest()
-
-
-def save_files(
-  path: str | pathlib.Path, kind: str, end_of_text_id: int, fingerprint: str, files: dict[str, bytes]
-) -> None:
-  """Writes the defining files and the settings of a tokenizer into a folder."""
-  folder = pathlib.Path(path)
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, content in files.items():
-    (folder / name).write_bytes(content)
-  settings = {"kind": kind, "end_of_text_id": end_of_text_id, "fingerprint": fingerprint}
-  (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 # U+2581 stands for a space inside SentencePiece, so text that holds the character

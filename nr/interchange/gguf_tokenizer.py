@@ -5,13 +5,13 @@ Only byte-level BPE (`tokenizer.ggml.model` = "gpt2") is read, through the
 jinja2's immutable sandbox.
 """
 
-import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from nr.interchange.gguf import GgufFile
+from nr.tokenizer_files import fingerprint_of, save_files
 
 # Token types of GGUF (gguf.TokenType).
 _CONTROL, _USER_DEFINED = 3, 4
@@ -61,16 +61,13 @@ class GgufTokenizer:
     file = path if isinstance(path, GgufFile) else GgufFile(path)
     self._tokens: list[str] = file.require("tokenizer.ggml.tokens")
     self._tokenizer = _build(file, self._tokens)
-    self._content = self._tokenizer.to_str(pretty=False).encode()
     self.vocab_size = len(self._tokens)
     self.begin_of_text_id: int | None = file.get("tokenizer.ggml.bos_token_id")
     self.end_of_text_id: int = file.require("tokenizer.ggml.eos_token_id")
     self.adds_begin_of_text: bool = bool(file.get("tokenizer.ggml.add_bos_token", False))
     self.chat_template: str | None = file.get("tokenizer.chat_template")
-    # As nr.data.tokenizers.fingerprint_of, which this layer does not import.
-    digest = hashlib.sha256(f"{self.kind}\0{self.end_of_text_id}\0".encode())
-    digest.update(f"tokenizer.json\0{len(self._content)}\0".encode() + self._content)
-    self.fingerprint = digest.hexdigest()
+    self._files = {"tokenizer.json": self._tokenizer.to_str(pretty=False).encode()}
+    self.fingerprint = fingerprint_of(self.kind, self.end_of_text_id, self._files)
 
   def encode(self, text: str, *, use_special_tokens: bool = False) -> list[int]:
     """Returns the ids of a text, nothing added.
@@ -113,11 +110,7 @@ class GgufTokenizer:
 
   def save(self, path: str | pathlib.Path) -> None:
     """Writes a folder that `nr.data.tokenizers.load_tokenizer` reads (without the chat template)."""
-    folder = pathlib.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_bytes(self._content)
-    settings = {"kind": self.kind, "end_of_text_id": self.end_of_text_id, "fingerprint": self.fingerprint}
-    (folder / "nr_tokenizer.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_files(path, self.kind, self.end_of_text_id, self.fingerprint, self._files)
 
   def _token(self, index: int | None) -> str:
     return "" if index is None else self._tokens[index]

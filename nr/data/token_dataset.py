@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,33 +32,32 @@ IDS = "document_ids.jsonl"
 
 
 class ArrayWriter:
-  """Writes a .npy array of unknown length, piece by piece along its first axis.
+  """Writes a one-dimensional .npy array of unknown length, piece by piece.
 
   The header is written for length 0 and corrected on `close`: NumPy pads it so
-  that the length may grow. Also used for label caches ([num_tokens, 4] uint16).
+  that the length may grow.
 
   Args:
     path: the .npy file.
     dtype: element type.
-    row_shape: shape of one element of the first axis.
   """
 
-  def __init__(self, path: pathlib.Path, dtype: Any, row_shape: tuple[int, ...] = ()):
-    self.dtype, self.row_shape, self.length = np.dtype(dtype), row_shape, 0
+  def __init__(self, path: pathlib.Path, dtype: Any):
+    self.dtype, self.length = np.dtype(dtype), 0
     self._stream: BinaryIO = open(path, "wb")
     self._write_header()
     self._header_size = self._stream.tell()
 
   def _write_header(self) -> None:
-    shape = (self.length, *self.row_shape)
-    header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+    element = np.lib.format.dtype_to_descr(self.dtype)
+    header = {"descr": element, "fortran_order": False, "shape": (self.length,)}
     np.lib.format.write_array_header_1_0(self._stream, header)
 
   def append(self, values: Any) -> None:
-    """Appends values of shape [n, *row_shape]; they must fit the type."""
+    """Appends values [n]; they must fit the type."""
     values = np.ascontiguousarray(values, self.dtype)
-    if values.shape[1:] != self.row_shape:
-      raise ValueError(f"rows have shape {values.shape[1:]}, the array holds rows of {self.row_shape}")
+    if values.ndim != 1:
+      raise ValueError(f"values have shape {values.shape}; the array has one dimension")
     self._stream.write(values.tobytes())
     self.length += len(values)
 
@@ -208,7 +207,7 @@ def check_files(directory: pathlib.Path, files: Mapping[str, Mapping[str, Any]],
         "changed, write the dataset again"
       )
     if verify_hash:
-      found: Callable = describe_file(path)["sha256"]
+      found = describe_file(path)["sha256"]
       if found != recorded["sha256"]:
         raise DataError(
           f"{path} has sha256 {found}, dataset.json records {recorded['sha256']}; it was damaged, "

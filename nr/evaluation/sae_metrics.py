@@ -287,17 +287,6 @@ def summarise(sums: SparseAutoencoderSums) -> dict[str, float]:
   return {name: float(value) for name, value in results.items()}
 
 
-def density_histogram(fired_C: np.ndarray, tokens: float, bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (counts [bins], edges [bins + 1]) of log10 firing frequency over the latents that fired.
-
-  The bins span from one firing in `tokens` to firing on every token.
-  """
-  frequency = np.asarray(fired_C, np.float64) / tokens
-  edges = np.linspace(np.log10(1 / tokens), 0, bins + 1)
-  logs = np.clip(np.log10(frequency[frequency > 0]), edges[0], edges[-1])
-  return np.histogram(logs, edges)
-
-
 def dead_fraction(tokens_since_fired_C: np.ndarray, dead_tokens: int) -> float:
   """Returns the share of latents that did not fire in the last `dead_tokens` training tokens."""
   return float((np.asarray(tokens_since_fired_C) > dead_tokens).mean())

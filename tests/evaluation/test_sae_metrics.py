@@ -77,8 +77,6 @@ def test_latents_are_counted_above_zero_only():
   indices = jnp.asarray([[0, 1], [0, 2], [3, 1]])
   sums = LatentSums.of(values, indices, jnp.asarray([True, True, False]), 5)
   assert sums.fired_C.tolist() == [2, 0, 1, 0, 0] and sums.active == 3 and sums.count == 2
-  counts, edges = sae_metrics.density_histogram(np.array([10, 1, 0, 0, 10]), 10, bins=4)
-  assert counts.tolist() == [1, 0, 0, 2] and edges[0] == -1 and edges[-1] == 0
   assert sae_metrics.dead_fraction(np.array([5, 11, 10, 12]), 10) == 0.5
 
 

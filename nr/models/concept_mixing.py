@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nr.models.attention import AttentionInputs, default_positions
-from nr.models.cache import KVCache, count_tokens
+from nr.models.attention import AttentionInputs
+from nr.models.cache import KVCache
 from nr.models.concept_head import ConceptPrediction, concept_logits, mix_concepts, predict_concepts
 from nr.models.concept_intervention import ConceptIntervention
 from nr.models.concept_mixing_spec import ConceptMixingSpec
 from nr.models.concept_readout import run_last_block
 from nr.models.parameters import parameter
 from nr.models.partitioning import constrain
-from nr.models.transformer import Transformer
+from nr.models.transformer import Transformer, continued_rows
 from nr.models.transformer_spec import TransformerSpec
 
 __all__ = [
@@ -223,12 +223,7 @@ class ConceptMixingTransformer(nnx.Module):
   ) -> ConceptMixingOutput:
     """Runs the model over whole sequences."""
     embed_key, block_key = (None, None) if key is None else jax.random.split(key)
-    if segment_ids_BL is not None and positions_BL is None:
-      positions_BL = default_positions(*tokens_BL.shape, segment_ids_BL)
-    x_BLD = self.transformer.embed(tokens_BL, positions_BL, key=embed_key)
-    if positions_BL is None:
-      positions_BL = default_positions(*tokens_BL.shape)
-    attention = AttentionInputs(positions_BL, segment_ids_BL)
+    x_BLD, attention = self.transformer.enter(tokens_BL, positions_BL, segment_ids_BL, key=embed_key)
     insert_at = self.concept_spec.insert_at
     x_BLD, _ = self.transformer.run_blocks(x_BLD, 0, insert_at, attention=attention, key=block_key)
     x_BLD, attention, concepts = self.insert(x_BLD, attention, labels_BLA, intervention)
@@ -302,13 +297,10 @@ class ConceptMixingTransformer(nnx.Module):
 
     An intervention acts on the new tokens; its `active_BL` refers to them.
     """
-    is_valid_BL = jnp.ones(tokens_BL.shape, bool) if valid_BL is None else valid_BL.astype(bool)
     # Positions count tokens, so they come from the lower cache, which has one slot a token.
-    seen_B = count_tokens(cache.lower)
-    positions_BL = jnp.maximum(seen_B[:, None] + jnp.cumsum(is_valid_BL, axis=1, dtype=jnp.int32) - 1, 0)
-    attention = AttentionInputs(positions_BL, is_valid_BL.astype(jnp.int32))
+    attention = continued_rows(tokens_BL, cache.lower, valid_BL)
     insert_at = self.concept_spec.insert_at
-    x_BLD = self.transformer.embed(tokens_BL, positions_BL)
+    x_BLD = self.transformer.embed(tokens_BL, attention.positions_BL)
     x_BLD, lower = self.transformer.run_blocks(x_BLD, 0, insert_at, attention=attention, cache=cache.lower)
     x_BLD, attention, _ = self.insert(x_BLD, attention, intervention=intervention)
     x_BLD, upper = self.transformer.run_blocks(x_BLD, insert_at, attention=attention, cache=cache.upper)

@@ -15,11 +15,11 @@ from nr.models.attention import (
   MASKED_SCORE,
   QUERY_BLOCK,
   AttentionInputs,
-  drop,
   rotary_angles,
   rotate,
   zero_padding,
 )
+from nr.models.layers import drop
 from nr.models.partitioning import constrain
 from nr.models.transformer import Block, Transformer, rematerialise
 

@@ -50,9 +50,7 @@ def check_layer(num_layers: int, layer: int) -> None:
 def activations_at(model: Transformer, inputs: TapInputs, layer: int) -> jax.Array:
   """Returns the residual stream [B, L, D] after block `layer` (from 0), in the compute type."""
   check_layer(model.spec.num_layers, layer)
-  attention = inputs.attention()
-  needs_positions = inputs.positions_BL is not None or inputs.segment_ids_BL is not None
-  x_BLD = model.embed(inputs.tokens_BL, attention.positions_BL if needs_positions else None)
+  x_BLD, attention = model.enter(*inputs)
   return model.run_blocks(x_BLD, 0, layer + 1, attention=attention)[0]
 
 

@@ -99,6 +99,20 @@ def rematerialise(function: Any, policy: str, *, is_scanned: bool) -> Any:
   return jax.checkpoint(function, policy=saved, prevent_cse=not is_scanned)
 
 
+def continued_rows(tokens_BL: jax.Array, cache: KVCache, valid_BL: jax.Array | None) -> AttentionInputs:
+  """Returns positions and segments of new tokens behind those of a cache with one slot a token.
+
+  Args:
+    tokens_BL: the new tokens.
+    cache: what the rows hold so far.
+    valid_BL: bool, False where a row has padding; None when there is none.
+  """
+  is_valid_BL = jnp.ones(tokens_BL.shape, bool) if valid_BL is None else valid_BL.astype(bool)
+  counted_BL = jnp.cumsum(is_valid_BL, axis=1, dtype=jnp.int32)
+  positions_BL = jnp.maximum(caches.count_tokens(cache)[:, None] + counted_BL - 1, 0)
+  return AttentionInputs(positions_BL, is_valid_BL.astype(jnp.int32))
+
+
 class Transformer(nnx.Module):
   """Decoder-only language model. See `TransformerSpec` for the settings.
 
@@ -153,6 +167,22 @@ class Transformer(nnx.Module):
       x_BLD = x_BLD + (table_PD[:length] if positions_BL is None else table_PD[positions_BL])
     x_BLD = drop(x_BLD, spec.dropout, key)
     return constrain(x_BLD, "batch", "length", "activation_embed")
+
+  def enter(
+    self,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array | None = None,
+    segment_ids_BL: jax.Array | None = None,
+    *,
+    key: jax.Array | None = None,
+  ) -> tuple[jax.Array, AttentionInputs]:
+    """Returns the stream that enters block 0, and what the blocks need besides it."""
+    # Rows that count from 0 take a slice of the position table, which is cheaper than a look-up.
+    is_counted_from_0 = positions_BL is None and segment_ids_BL is None
+    if positions_BL is None:
+      positions_BL = default_positions(*tokens_BL.shape, segment_ids_BL)
+    x_BLD = self.embed(tokens_BL, None if is_counted_from_0 else positions_BL, key=key)
+    return x_BLD, AttentionInputs(positions_BL, segment_ids_BL)
 
   def run_blocks(
     self,
@@ -279,12 +309,7 @@ class Transformer(nnx.Module):
   ) -> jax.Array:
     """Returns final-normed hidden states [B, L, D] in the compute type."""
     embed_key, block_key = (None, None) if key is None else jax.random.split(key)
-    if segment_ids_BL is not None and positions_BL is None:
-      positions_BL = default_positions(*tokens_BL.shape, segment_ids_BL)
-    x_BLD = self.embed(tokens_BL, positions_BL, key=embed_key)
-    if positions_BL is None:
-      positions_BL = default_positions(*tokens_BL.shape)
-    attention = AttentionInputs(positions_BL, segment_ids_BL)
+    x_BLD, attention = self.enter(tokens_BL, positions_BL, segment_ids_BL, key=embed_key)
     x_BLD, _ = self.run_blocks(x_BLD, attention=attention, key=block_key)
     return self.final_norm(x_BLD)
 
@@ -342,11 +367,8 @@ class Transformer(nnx.Module):
     Returns:
       Final-normed hidden states [B, L, D] (finite and meaningless at padding), and the cache.
     """
-    is_valid_BL = jnp.ones(tokens_BL.shape, bool) if valid_BL is None else valid_BL.astype(bool)
-    counted_BL = jnp.cumsum(is_valid_BL, axis=1, dtype=jnp.int32)
-    positions_BL = jnp.maximum(caches.count_tokens(cache)[:, None] + counted_BL - 1, 0)
-    x_BLD = self.embed(tokens_BL, positions_BL)
-    attention = AttentionInputs(positions_BL, is_valid_BL.astype(jnp.int32))
+    attention = continued_rows(tokens_BL, cache, valid_BL)
+    x_BLD = self.embed(tokens_BL, attention.positions_BL)
     x_BLD, cache = self.run_blocks(x_BLD, attention=attention, cache=cache)
     return self.final_norm(x_BLD), cache
 

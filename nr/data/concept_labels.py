@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nr.data.bad_records import DataError
-from nr.data.token_dataset import check_files, describe_file, read_header
+from nr.data.dataset_files import HEADER, check_files, describe_file, header_text, read_header
 from nr.files import replace_text
 from nr.labels import MAX_CONCEPTS, NO_LABEL
 
@@ -28,7 +28,6 @@ FORMAT = "nr.concept_labels"
 VERSION = 1
 LABELS = "labels.npy"
 PROGRESS = "progress.json"
-HEADER = "dataset.json"
 _SECONDS_BETWEEN_SAVES = 10.0
 
 
@@ -210,7 +209,7 @@ class LabelWriter:
       "format": FORMAT, "version": VERSION, **self.header.to_dict(), "counts": counts,
       "files": {LABELS: describe_file(self.directory / LABELS)},
     }
-    replace_text(self.directory / HEADER, json.dumps(header, indent=2) + "\n")
+    replace_text(self.directory / HEADER, header_text(header))
     (self.directory / PROGRESS).unlink()
     return LabelCache.open(self.directory)
 

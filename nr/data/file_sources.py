@@ -9,6 +9,7 @@ from typing import IO, Any
 from absl import logging
 
 from nr.data.bad_records import DataError, Quarantine
+from nr.data.dataset_files import HEADER
 from nr.data.sources import CorpusSpec, Document
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
@@ -21,7 +22,7 @@ def path_documents(path: pathlib.Path, spec: CorpusSpec, quarantine: Quarantine)
     DataError: a file of another kind, or a folder without a readable file.
   """
   if path.is_dir():
-    if (path / "dataset.json").exists():
+    if (path / HEADER).exists():
       return record_directory(path, spec, quarantine)
     return _folder(path, spec, quarantine)
   return _reader(path)(path, path.name[: -len(_suffix(path))], spec, quarantine)

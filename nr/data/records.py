@@ -13,14 +13,13 @@ import json
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from nr.data.bad_records import DataError, Quarantine
-from nr.data.token_dataset import check_files, describe_file, read_header
+from nr.data.dataset_files import HEADER, check_files, describe_file, header_text, new_folder, read_header
 from nr.names import unknown
 
 FORMAT = "nr.records"
@@ -111,47 +110,44 @@ def write_records(
   directory, quarantine = pathlib.Path(directory), quarantine or Quarantine()
   if format not in SUFFIXES:
     raise DataError(unknown("format", format, SUFFIXES))
-  if directory.exists() and not overwrite:
-    raise DataError(f"{directory} exists; remove it, name another, or pass overwrite=True")
-  partial = directory.with_name(directory.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
+  with new_folder(directory, overwrite=overwrite) as partial:
+    encoded = (_encoded(record, index, directory, schema, quarantine) for index, record in enumerate(records))
+    counts = _write_shards(partial, (raw for raw in encoded if raw is not None), format, records_per_shard)
+    quarantine.report(directory)
+    header = {
+      "format": FORMAT,
+      "version": VERSION,
+      "storage": format,
+      "schema": dict(schema),
+      "count": sum(counts.values()),
+      "set_aside": quarantine.count,
+      "provenance": dict(provenance or {}),
+      "files": {name: {"records": count, **describe_file(partial / name)} for name, count in counts.items()},
+    }
+    (partial / HEADER).write_text(header_text(header), encoding="utf-8")
+  return RecordSource(directory)
+
+
+def _write_shards(
+  folder: pathlib.Path, encoded: Iterable[bytes], format: str, records_per_shard: int
+) -> dict[str, int]:
+  """Writes records into numbered files; returns the number of records by file name."""
   counts: list[int] = []
   writer = None
-  for index, record in enumerate(records):
-    raw = _encoded(record, index, directory, schema, quarantine)
-    if raw is None:
-      continue
+  for raw in encoded:
     if writer is None or counts[-1] == records_per_shard:
       if writer:
         writer.close()
-      writer = _open_writer(partial / f"{len(counts):05d}", format)
+      writer = _open_writer(folder / f"{len(counts):05d}", format)
       counts.append(0)
     writer.write(raw)
     counts[-1] += 1
   if writer:
     writer.close()
-  quarantine.report(directory)
-  shards = {}
-  for number, count in enumerate(counts):
-    name = f"records-{number:05d}-of-{len(counts):05d}{SUFFIXES[format]}"
-    os.rename(partial / f"{number:05d}", partial / name)
-    shards[name] = {"records": count, **describe_file(partial / name)}
-  header = {
-    "format": FORMAT,
-    "version": VERSION,
-    "storage": format,
-    "schema": dict(schema),
-    "count": sum(counts),
-    "set_aside": quarantine.count,
-    "provenance": dict(provenance or {}),
-    "files": shards,
-  }
-  (partial / "dataset.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-  if directory.exists():
-    shutil.rmtree(directory)
-  os.rename(partial, directory)
-  return RecordSource(directory)
+  names = [f"records-{number:05d}-of-{len(counts):05d}{SUFFIXES[format]}" for number in range(len(counts))]
+  for number, name in enumerate(names):
+    os.rename(folder / f"{number:05d}", folder / name)  # only now is it known of how many
+  return dict(zip(names, counts))
 
 
 def _encoded(
@@ -236,7 +232,7 @@ class RecordSource:
     self._readers: dict[int, Any] = {}
     if self._starts[-1] != self.header["count"]:
       raise DataError(
-        f"{self.directory / 'dataset.json'}, field 'count': is {self.header['count']}, "
+        f"{self.directory / HEADER}, field 'count': is {self.header['count']}, "
         f"the shards hold {self._starts[-1]}"
       )
 

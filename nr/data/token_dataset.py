@@ -11,17 +11,15 @@ Fixed windows of tokens, read at random, are what training needs; no record
 format serves that better than a mapped array, and it needs no library.
 """
 
-import hashlib
 import json
-import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from nr.data.bad_records import DataError
+from nr.data.dataset_files import HEADER, check_files, describe_file, header_text, new_folder, read_header
 from nr.data.sources import Document
 from nr.data.tokenizers import Tokenizer, check_fingerprint
 
@@ -116,103 +114,45 @@ def write_token_dataset(
     DataError: no documents, a type too small for the vocabulary, or a directory
       that exists.
   """
-  from tqdm import tqdm
-
   directory = pathlib.Path(directory)
   stored = token_dtype(tokenizer.vocab_size, dtype)
-  if directory.exists() and not overwrite:
-    raise DataError(f"{directory} exists; remove it, name another, or pass overwrite=True")
-  partial = directory.with_name(directory.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  tokens = ArrayWriter(partial / ARRAYS[0], stored)
+  with new_folder(directory, overwrite=overwrite) as partial:
+    counts = _write_arrays(partial, documents, tokenizer, stored, directory.name if progress else None)
+    if not counts["num_documents"]:
+      raise DataError(f"{directory}: there are no documents to write; check corpus.name and its splits")
+    header = {
+      "format": FORMAT,
+      "version": VERSION,
+      **counts,
+      "dtype": stored.name,
+      "vocab_size": tokenizer.vocab_size,
+      "end_of_text_id": tokenizer.end_of_text_id,
+      "tokenizer": tokenizer.fingerprint,
+      "provenance": dict(provenance or {}),
+      "files": {name: describe_file(partial / name) for name in (*ARRAYS, IDS)},
+    }
+    (partial / HEADER).write_text(header_text(header), encoding="utf-8")
+  return TokenDataset.open(directory)
+
+
+def _write_arrays(
+  folder: pathlib.Path, documents: Iterable[Document], tokenizer: Tokenizer, stored: np.dtype, title: str | None
+) -> dict[str, int]:
+  """Writes the arrays and ids of all documents, under a progress bar if it has a title; returns counts."""
+  from tqdm import tqdm
+
+  tokens = ArrayWriter(folder / ARRAYS[0], stored)
   starts, sizes = [], []
-  with open(partial / IDS, "w", encoding="utf-8") as ids:
-    bar = tqdm(documents, desc=f"tokens {directory.name}", unit=" documents", disable=not progress)
-    for document in bar:
+  with open(folder / IDS, "w", encoding="utf-8") as ids:
+    for document in tqdm(documents, desc=f"tokens {title}", unit=" documents", disable=title is None):
       starts.append(tokens.length)
       sizes.append(len(document.text.encode("utf-8")))
       tokens.append([*tokenizer.encode(document.text), tokenizer.end_of_text_id])
       ids.write(json.dumps(document.id) + "\n")
   tokens.close()
-  if not starts:
-    shutil.rmtree(partial)
-    raise DataError(f"{directory}: there are no documents to write; check corpus.name and its splits")
-  np.save(partial / ARRAYS[1], np.array(starts, np.int64), allow_pickle=False)
-  np.save(partial / ARRAYS[2], np.array(sizes, np.int64), allow_pickle=False)
-  header = {
-    "format": FORMAT,
-    "version": VERSION,
-    "num_tokens": tokens.length,
-    "num_documents": len(starts),
-    "num_bytes": int(sum(sizes)),
-    "dtype": stored.name,
-    "vocab_size": tokenizer.vocab_size,
-    "end_of_text_id": tokenizer.end_of_text_id,
-    "tokenizer": tokenizer.fingerprint,
-    "provenance": dict(provenance or {}),
-    "files": {name: describe_file(partial / name) for name in (*ARRAYS, IDS)},
-  }
-  (partial / "dataset.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-  if directory.exists():
-    shutil.rmtree(directory)
-  os.rename(partial, directory)
-  return TokenDataset.open(directory)
-
-
-def describe_file(path: pathlib.Path) -> dict[str, Any]:
-  """Returns {"bytes", "sha256"} of a file, read in pieces."""
-  with open(path, "rb") as stream:
-    return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def read_header(directory: pathlib.Path, expected_format: str, version: int) -> dict[str, Any]:
-  """Reads dataset.json of a directory and checks its format and version.
-
-  Raises:
-    DataError: missing, not JSON, or of another format or version.
-  """
-  path = directory / "dataset.json"
-  if not path.is_file():
-    raise DataError(f"{path} is missing; give a directory that holds a finished dataset")
-  try:
-    header = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise DataError(f"{path} is not valid JSON ({error}); write the dataset again") from error
-  if not isinstance(header, dict) or header.get("format") != expected_format:
-    found = header.get("format") if isinstance(header, dict) else header
-    raise DataError(f"{path}, field 'format': is {found!r}, expected {expected_format!r}")
-  if header.get("version") != version:
-    raise DataError(
-      f"{path}, field 'version': is {header.get('version')!r}, this code reads {version}; "
-      "write the dataset again"
-    )
-  return header
-
-
-def check_files(directory: pathlib.Path, files: Mapping[str, Mapping[str, Any]], verify_hash: bool) -> None:
-  """Checks that each file is there with the recorded size, and content when `verify_hash`.
-
-  Raises:
-    DataError: names the file, what was recorded and what was found.
-  """
-  for name, recorded in files.items():
-    path = directory / name
-    if not path.is_file():
-      raise DataError(f"{path} is missing; write the dataset again")
-    size = path.stat().st_size
-    if size != recorded["bytes"]:
-      raise DataError(
-        f"{path} has {size} bytes, dataset.json records {recorded['bytes']}; it was cut off or "
-        "changed, write the dataset again"
-      )
-    if verify_hash:
-      found = describe_file(path)["sha256"]
-      if found != recorded["sha256"]:
-        raise DataError(
-          f"{path} has sha256 {found}, dataset.json records {recorded['sha256']}; it was damaged, "
-          "write the dataset again"
-        )
+  np.save(folder / ARRAYS[1], np.array(starts, np.int64), allow_pickle=False)
+  np.save(folder / ARRAYS[2], np.array(sizes, np.int64), allow_pickle=False)
+  return {"num_tokens": tokens.length, "num_documents": len(starts), "num_bytes": int(sum(sizes))}
 
 
 class TokenDataset:
@@ -254,7 +194,7 @@ class TokenDataset:
     for name, found in (("num_tokens", len(dataset.tokens)), ("num_documents", len(dataset.document_starts))):
       if header[name] != found:
         raise DataError(
-          f"{directory / 'dataset.json'}, field {name!r}: is {header[name]}, the arrays hold {found}"
+          f"{directory / HEADER}, field {name!r}: is {header[name]}, the arrays hold {found}"
         )
     return dataset
 

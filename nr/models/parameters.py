@@ -105,11 +105,13 @@ def _has_blocks(node: Any) -> bool:
   return isinstance(node, dict) and BLOCKS in node
 
 
-def _is_unrolled(blocks: Any) -> bool:
+def is_unrolled(blocks: Any) -> bool:
+  """Says whether a node of a tree is a dictionary of layers by number."""
   return isinstance(blocks, dict) and bool(blocks) and all(isinstance(name, int) for name in blocks)
 
 
-def _is_axes(node: Any) -> bool:
+def is_axes(node: Any) -> bool:
+  """Says whether a node is a tuple of logical names, a leaf of a tree of axes."""
   return (
     isinstance(node, tuple)
     and not hasattr(node, "_fields")
@@ -119,7 +121,7 @@ def _is_axes(node: Any) -> bool:
 
 def _stack_leaves(*leaves: Any) -> Any:
   first = leaves[0]
-  if _is_axes(first):
+  if is_axes(first):
     return (LAYERS, *first)
   if isinstance(first, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype)
@@ -129,7 +131,7 @@ def _stack_leaves(*leaves: Any) -> Any:
 
 
 def _take_leaf(leaf: Any, layer: int) -> Any:
-  if _is_axes(leaf):
+  if is_axes(leaf):
     return leaf[1:]
   if isinstance(leaf, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
@@ -149,7 +151,7 @@ def stack_layers(tree: Any) -> Any:
       return node
     visited = {name: stack_layers(child) for name, child in node.items() if name != BLOCKS}
     blocks = node[BLOCKS]
-    if _is_unrolled(blocks):
+    if is_unrolled(blocks):
       layers = [blocks[index] for index in sorted(blocks)]
       visited[BLOCKS] = jax.tree.map(_stack_leaves, *layers, is_leaf=_is_axes_leaf)
     else:
@@ -162,7 +164,7 @@ def stack_layers(tree: Any) -> Any:
 def _is_axes_leaf(node: Any) -> bool:
   # The empty tuple is a leaf of no axis tree (a stacked leaf has at least "layers")
   # but it is what optax uses for "no state".
-  return _is_axes(node) and len(node) > 0
+  return is_axes(node) and len(node) > 0
 
 
 def _count_layers(tree: Any) -> set[int]:
@@ -173,7 +175,7 @@ def _count_layers(tree: Any) -> set[int]:
     for name, child in node.items():
       if name != BLOCKS:
         counts |= _count_layers(child)
-      elif not _is_unrolled(child):
+      elif not is_unrolled(child):
         counts |= {leaf.shape[0] for leaf in jax.tree.leaves(child) if hasattr(leaf, "shape")}
   return counts
 
@@ -205,7 +207,7 @@ def _unstack(tree: Any, num_layers: int | None) -> Any:
       return node
     visited = {name: _unstack(child, num_layers) for name, child in node.items() if name != BLOCKS}
     blocks = node[BLOCKS]
-    if not isinstance(blocks, dict) or _is_unrolled(blocks):
+    if not isinstance(blocks, dict) or is_unrolled(blocks):
       visited[BLOCKS] = blocks
     elif num_layers is None:
       raise ValueError("num_layers=None: the blocks hold no array to count; pass num_layers")

@@ -10,6 +10,7 @@ import numpy as np
 from flax.core import spmd
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from nr.models.parameters import is_axes
 from nr.names import nearest
 from nr.training import trees
 
@@ -124,15 +125,6 @@ def partition_spec(names: tuple[str | None, ...], parameter: str = "") -> Partit
   return PartitionSpec(*entries)
 
 
-def _is_names(node: Any) -> bool:
-  """True for a tuple of logical names (a leaf of an axes tree)."""
-  return (
-    isinstance(node, tuple)
-    and not hasattr(node, "_fields")
-    and all(name is None or isinstance(name, str) for name in node)
-  )
-
-
 def _check_division(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, parameter: str) -> None:
   """Raises ValueError if a mesh axis does not divide the dimension it splits."""
   for dimension, entry in enumerate(spec):
@@ -158,7 +150,7 @@ def shardings(axes: PyTree, mesh: Mesh, arrays: PyTree | None = None) -> PyTree:
       count that is not the rank, trees that differ, or a dimension that its mesh
       axes do not divide; names the parameter.
   """
-  named = jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_names)
+  named = jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)
   names_by_path = {trees.full_path(path): names for path, names in named}
   if arrays is not None:
     paths = [trees.full_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(arrays)]
@@ -173,7 +165,7 @@ def shardings(axes: PyTree, mesh: Mesh, arrays: PyTree | None = None) -> PyTree:
   return jax.tree_util.tree_map_with_path(
     lambda path, names: NamedSharding(mesh, partition_spec(names, trees.full_path(path))),
     axes,
-    is_leaf=_is_names,
+    is_leaf=is_axes,
   )
 
 

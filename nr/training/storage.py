@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nr.models.parameters import stack_layers
+from nr.models.parameters import is_unrolled, stack_layers
 from nr.training import integrity
 
 PyTree = Any
@@ -44,14 +44,9 @@ def is_disk_full(error: BaseException | None) -> bool:
 # --- Layout on disk: layers are always stacked. ---
 
 
-def _is_unrolled(node: Any) -> bool:
-  """True for a dictionary of layers by number."""
-  return isinstance(node, dict) and bool(node) and all(isinstance(name, int) for name in node)
-
-
 def count_layers(tree: PyTree) -> int | None:
   """Returns the number of layers kept apart in `tree`, None if its layers are stacked."""
-  nodes = [n for n in jax.tree.leaves(tree, is_leaf=_is_unrolled) if _is_unrolled(n)]
+  nodes = [n for n in jax.tree.leaves(tree, is_leaf=is_unrolled) if is_unrolled(n)]
   return len(nodes[0]) if nodes else None
 
 
@@ -59,11 +54,11 @@ def stack_shardings(shardings: PyTree) -> PyTree:
   """Returns the shardings of the stacked tree, given those of a tree in either layout."""
 
   def visit(node: Any) -> Any:
-    if not _is_unrolled(node):
+    if not is_unrolled(node):
       return node
     return jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(None, *s.spec)), node[min(node)])
 
-  return jax.tree.map(visit, shardings, is_leaf=_is_unrolled)
+  return jax.tree.map(visit, shardings, is_leaf=is_unrolled)
 
 
 def stacked(tree: PyTree, shardings: PyTree | None) -> PyTree:

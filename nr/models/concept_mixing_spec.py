@@ -1,12 +1,11 @@
 """Settings of the concept path of CoCoMix: one frozen record with every axis named."""
 
 import dataclasses
-from typing import Any, Self
 
-from nr import names
 from nr.labels import MAX_CONCEPTS, NO_LABEL
 from nr.models.top_k import IMPLEMENTATIONS
 from nr.models.transformer_spec import TransformerSpec
+from nr.spec import Spec
 
 # All values of an axis; the second tuple holds those that are planned but not built.
 MODES = ("cocomix", "mix_only", "prediction_only", "add", "none"), ("pause", "hidden")
@@ -18,7 +17,7 @@ LAST_BLOCKS = ("readout_rows", "all_rows"), ()
 
 
 @dataclasses.dataclass(frozen=True)
-class ConceptMixingSpec:
+class ConceptMixingSpec(Spec):
   """Settings of `ConceptMixingTransformer` besides those of its transformer.
 
   Attributes:
@@ -107,19 +106,6 @@ class ConceptMixingSpec:
     if self.is_mixing:
       stored, active = stored + C * D + D, active + self.top_k * D
     return stored, active
-
-  def to_dict(self) -> dict[str, Any]:
-    """Returns the settings as plain values that JSON can hold."""
-    return dataclasses.asdict(self)
-
-  @classmethod
-  def from_dict(cls, settings: dict[str, Any]) -> Self:
-    """Makes a spec from plain values; inverse of `to_dict`.
-
-    Raises:
-      ValueError: if a field is unknown (with the nearest known one), missing or invalid.
-    """
-    return names.from_dict(cls, settings)
 
 
 _CHOICES = {

@@ -21,6 +21,7 @@ from nr import names
 from nr.models import parameters
 from nr.models.partitioning import constrain
 from nr.models.top_k import IMPLEMENTATIONS, top_k
+from nr.spec import Spec
 
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "gated", "relu")
 NORMALISATIONS = ("layer_norm_unbiased",)
@@ -34,7 +35,7 @@ _CHOICES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseAutoencoderSpec:
+class SparseAutoencoderSpec(Spec):
   """Settings of a sparse autoencoder.
 
   Attributes:
@@ -84,15 +85,6 @@ class SparseAutoencoderSpec:
       raise ValueError(f"dead_tokens={self.dead_tokens} must lie between 1 and 2**30 - 1 (an int32 counter)")
     if self.alpha < 0:
       raise ValueError(f"alpha={self.alpha} must not be negative; 0 switches the auxiliary loss off")
-
-  def to_dict(self) -> dict:
-    """Returns the settings as plain numbers and strings, for checkpoints."""
-    return dataclasses.asdict(self)
-
-  @classmethod
-  def from_dict(cls, settings: dict) -> "SparseAutoencoderSpec":
-    """Makes a spec from plain values, inverse of `to_dict`. Raises ValueError for unknown or missing fields."""
-    return names.from_dict(cls, settings)
 
 
 class Normalised(NamedTuple):

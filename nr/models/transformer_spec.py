@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Self
 
-from nr import names
+from nr.spec import Spec
 
 POSITIONS = ("learned", "rotary")
 NORMS = ("layer_norm", "rms_norm")
@@ -30,7 +30,7 @@ class RotaryScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerSpec:
+class TransformerSpec(Spec):
   """Settings of `Transformer`; GPT-2, Llama, Qwen and Gemma are values of it.
 
   Attributes:
@@ -171,19 +171,6 @@ class TransformerSpec:
   def replace(self, **settings: Any) -> Self:
     """Returns a copy with other settings; derived sizes (mlp_dim, head_dim) stay as they are."""
     return dataclasses.replace(self, **settings)
-
-  def to_dict(self) -> dict[str, Any]:
-    """Returns the settings as plain values that JSON can hold."""
-    return dataclasses.asdict(self)
-
-  @classmethod
-  def from_dict(cls, settings: dict[str, Any]) -> Self:
-    """Makes a spec from plain values; inverse of `to_dict`.
-
-    Raises:
-      ValueError: if a field is unknown (with the nearest known one), missing or invalid.
-    """
-    return names.from_dict(cls, settings)
 
 
 _CHOICES = {

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from nr import names
 from nr.labels import NO_LABEL
+from nr.spec import Spec
 
 _CHOICES = {
   "act": ("post", "pre"),
@@ -35,7 +36,7 @@ _NOT_YET = {("act", "pre"), ("scope", "next"), ("eval_point", "recon"), ("weight
 
 
 @dataclasses.dataclass(frozen=True)
-class AttributionSpec:
+class AttributionSpec(Spec):
   """Every axis along which the paper, its code and its critics differ; the default is recommended.
 
   Attributes:
@@ -87,10 +88,6 @@ class AttributionSpec:
         f"targets.k_attr={self.k_attr} is above the {active_latents} active latents of the sparse"
         f" autoencoder; use at most {active_latents}"
       )
-
-  def to_dict(self) -> dict:
-    """Returns the settings as plain numbers and strings, for the header of the label cache."""
-    return dataclasses.asdict(self)
 
 
 class ConceptLabels(NamedTuple):

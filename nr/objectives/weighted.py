@@ -27,10 +27,6 @@ class Weighted(NamedTuple):
     safe = jnp.where(self.weight == 0, 1.0, self.weight)
     return jnp.where(self.weight == 0, 0.0, self.total / safe)
 
-  def scaled(self, factor: float) -> "Weighted":
-    """Returns the sum of `factor` times the values, weights unchanged."""
-    return Weighted(self.total * factor, self.weight)
-
   @classmethod
   def of(cls, values: jax.Array, weights: jax.Array) -> "Weighted":
     """Sums `values * weights` in float32; a value of weight 0 never counts, even NaN."""

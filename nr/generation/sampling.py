@@ -17,6 +17,7 @@ from flax import nnx
 from nr.models import parameters
 from nr.models.concept_intervention import ConceptIntervention
 from nr.models.top_k import top_k as exact_top_k
+from nr.names import unknown
 
 INTERVENE_ON = ("all", "generation")
 
@@ -180,7 +181,7 @@ def _check(graphdef, params, prompts_BP, valid_BP, key, max_new_tokens, temperat
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens = {max_new_tokens}: give at least 1")
   if intervene_on not in INTERVENE_ON:
-    raise ValueError(f"intervene_on = {intervene_on!r}: choose one of {', '.join(INTERVENE_ON)}")
+    raise ValueError(unknown("intervene_on", intervene_on, INTERVENE_ON))
   if key is None and not _is_greedy(temperature):
     raise ValueError("key: sampling at a temperature above 0 needs a random key")
   if valid_BP is not None and not isinstance(valid_BP, jax.core.Tracer) and not bool(valid_BP[:, -1].all()):

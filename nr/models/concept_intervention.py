@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nr.names import unknown
+
 
 class InterventionMode(enum.IntEnum):
   """What happens to concept j with strength `value`; S is the selected set.
@@ -178,5 +180,5 @@ def _parse_mode(mode: str | InterventionMode) -> InterventionMode:
   try:
     return InterventionMode[mode.upper()]
   except KeyError:
-    names = ", ".join(member.name.lower() for member in InterventionMode)
-    raise ValueError(f"mode = {mode!r} must be one of {names}") from None
+    modes = [member.name.lower() for member in InterventionMode]
+    raise ValueError(unknown("mode", mode, modes)) from None

@@ -19,6 +19,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from nr.names import unknown
+
 IMPLEMENTATIONS = ("chunked", "bitsearch", "lax")
 
 _SIGN_BIT = 0x80000000
@@ -46,7 +48,7 @@ def top_k(scores: jax.Array, k: int, *, implementation: str = "chunked") -> tupl
   if not 1 <= k <= size:
     raise ValueError(f"k = {k} must be between 1 and the {size} entries of a row")
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation = {implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
+    raise ValueError(unknown("implementation", implementation, IMPLEMENTATIONS))
   indices = top_k_indices(jax.lax.stop_gradient(scores), k, implementation=implementation)
   return jnp.take_along_axis(scores, indices, axis=-1), indices
 

@@ -63,7 +63,7 @@ def test_ablating_more_than_is_left_empties_places():
   [
     (([5], "set"), r"concepts \[5\] are outside 0..4"),
     (([1, 1], "set"), "name one concept twice"),
-    (([1], "boost"), "mode = 'boost' must be one of scale_pre, scale_post"),
+    (([1], "boost"), "mode='boost' is unknown: Valid: scale_pre, scale_post"),
     (([1, 2], "set", [1.0]), "2 concepts, 2 modes and 1 values must match"),
   ],
 )

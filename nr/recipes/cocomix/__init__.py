@@ -29,14 +29,14 @@ def stages(config: Any) -> list[Stage]:
   del config
   return [
     Stage("tokenizer", corpus.run, sections=("corpus", "tokenizer")),
-    Stage("teacher", teacher.run, sections=("teacher", "window", "seed"), inputs=("tokenizer",)),
+    Stage("teacher", teacher.run, sections=("teacher", "window", "compute", "seed"), inputs=("tokenizer",)),
     Stage("sae", autoencoder.run, sections=("sae", "window", "seed"), inputs=("tokenizer", "teacher")),
     Stage(
-      "labels", labels.run, sections=("targets", "labels", "window"), inputs=("tokenizer", "teacher", "sae")
+      "labels", labels.run, sections=("targets", "labels", "window", "compute"), inputs=("tokenizer", "teacher", "sae")
     ),
-    Stage("students", students.run, sections=("students", "window", "seed"), inputs=("tokenizer", "labels")),
+    Stage("students", students.run, sections=("students", "window", "compute", "seed"), inputs=("tokenizer", "labels")),
     Stage(
-      "evaluate", evaluate.run, sections=("evaluate", "seed"), inputs=("tokenizer", "labels", "students")
+      "evaluate", evaluate.run, sections=("evaluate", "compute", "seed"), inputs=("tokenizer", "labels", "students")
     ),
     Stage(
       "steer",

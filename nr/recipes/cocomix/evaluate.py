@@ -24,13 +24,10 @@ from nr.training.model_files import load_model
 def run(context: StageContext) -> Artifact:
   """Scores every student by document and compares the two kinds."""
   config, students = context.config, context.inputs["students"]
-  chunk = config.evaluate.loss_chunk or None
   scores: dict[str, DocumentScores] = {}
   results: dict[str, dict[str, Any]] = {}
   for name, trained in students["runs"].items():
-    scores[name] = language_model.score_split(
-      context, trained, "validation", config.evaluate.batch_size, loss_chunk=chunk
-    )
+    scores[name] = language_model.score_split(context, trained, "validation", config.evaluate.batch_size)
     results[name] = summary(scores[name], config.seed)
     if trained["kind"] == "cocomix":
       results[name].update(concept_metrics(context, trained))

@@ -44,6 +44,7 @@ def run(context: StageContext) -> Artifact:
       (autoencoder.graphdef, autoencoder.params),
       spec=spec,
       batch_size=config.labels.batch_size,
+      loss_chunk=settings.loss_chunk(config),
     )
     artifact["splits"][split] = {
       "directory": context.relative(context.directory / split),

@@ -12,7 +12,7 @@ from nr.evaluation.flops import count_flops
 from nr.evaluation.perplexity import DocumentScores, score_documents
 from nr.models import parameters
 from nr.objectives.language_modeling import token_nll
-from nr.recipes.cocomix import corpus
+from nr.recipes.cocomix import corpus, settings
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.loop import train
 from nr.training.method import Method
@@ -120,7 +120,7 @@ def make_token_nll(model: Model, loss_chunk: int | None = None) -> Callable[[Map
 
 
 def score_split(
-  context: StageContext, artifact: Artifact, split: str, batch_size: int, loss_chunk: int | None = None
+  context: StageContext, artifact: Artifact, split: str, batch_size: int
 ) -> DocumentScores:
   """Scores every token of a split but the first with a saved model, by document.
 
@@ -131,6 +131,6 @@ def score_split(
   model = load_model(context.path(artifact["model"]), tokenizer)
   source = window_source(context, split, tail="pad", overlap=1, with_documents=True)
   batches = ordered_batches(source, batch_size)
-  nll = make_token_nll(model, loss_chunk)
+  nll = make_token_nll(model, settings.loss_chunk(context.config))
   document_bytes = source.dataset.document_bytes
   return score_documents(nll, batches, document_bytes, total=len(batches), description=f"scoring {split}")

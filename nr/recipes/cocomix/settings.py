@@ -62,6 +62,11 @@ def attribution_spec(config: Any) -> AttributionSpec:
   return AttributionSpec(**config.targets.to_dict())
 
 
+def loss_chunk(config: Any) -> int | None:
+  """Returns how many tokens' logits are held at a time, None for all."""
+  return config.compute.loss_chunk or None
+
+
 def training_config(section: Any, seed: int) -> Any:
   """Returns a copy of a training section with the seed of the run added to its own."""
   section = section.copy_and_resolve_references()

@@ -53,8 +53,9 @@ def run_name(kind: str, seed: int) -> str:
 def student_method(config: Any, kind: str, spec: Any) -> Method:
   """Returns the method that trains a student of a kind."""
   if kind == "ntp":
-    return next_token_method(spec, name="ntp")
-  return cocomix_method(spec, loss_weight=config.students.cocomix.loss_weight)
+    return next_token_method(spec, name="ntp", loss_chunk=settings.loss_chunk(config))
+  weight = config.students.cocomix.loss_weight
+  return cocomix_method(spec, loss_weight=weight, loss_chunk=settings.loss_chunk(config))
 
 
 def activated_parameters(spec: Any) -> int:

@@ -10,7 +10,7 @@ def run(context: StageContext) -> Artifact:
   config, vocab_size = context.config, context.inputs["tokenizer"]["vocab_size"]
   spec = settings.transformer_spec(config.teacher.model, vocab_size, config.window.length)
   training = settings.training_config(config.teacher.train, config.seed)
-  method = next_token_method(spec, name="teacher")
+  method = next_token_method(spec, name="teacher", loss_chunk=settings.loss_chunk(config))
   artifact = language_model.train_language_model(context, context.directory, method, spec, training)
   scores = language_model.score_split(context, artifact, "validation", training.batch_size)
   artifact.update(val_loss=scores.loss(), val_ppl=scores.perplexity(), bits_per_byte=scores.bits_per_byte())

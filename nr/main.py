@@ -8,6 +8,7 @@ the work directory are skipped and interrupted ones are resumed, so the same
 command continues a run that was stopped. --stage=NAME runs one stage alone.
 """
 
+import contextlib
 import importlib
 import logging
 import pathlib
@@ -66,13 +67,31 @@ def run(config, workdir: pathlib.Path, stage: str | None = None) -> dict[str, st
   return stages.run_stages(recipe.stages(config), config, workdir, stage)
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses flags and config; a mistake in either is answered in one line."""
+  try:
+    return flags.FLAGS(argv)
+  except Exception as error:  # config files run any code, so they may raise anything
+    print(f"error: {one_line(error)}; see --help", file=sys.stderr)
+    sys.exit(2)
+
+
+def one_line(error: BaseException) -> str:
+  """Returns an error's message without line breaks, and of a traceback inside it only the end."""
+  text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+  if "Traceback (most recent call last)" in text:
+    text = text.strip().splitlines()[-1]
+  return " ".join(text.split()) or type(error).__name__
+
+
 def main(argv: list[str]) -> int:
   """Entry point of `python -m nr.main`: one line on error, the traceback in log.txt."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}; everything is given by --flags")
   workdir = pathlib.Path(_WORKDIR.value)
-  log_to(workdir / "log.txt")
+  log = workdir / "log.txt"
   try:
+    log_to(log)
     run(_CONFIG.value, workdir, _STAGE.value)
   except guards.Interrupted as stop:  # the loop has saved its state
     print(stop.message, file=sys.stderr)
@@ -81,15 +100,15 @@ def main(argv: list[str]) -> int:
     print("\nStopped. The same command continues where it left off.", file=sys.stderr)
     return 130
   except Exception as error:  # the one place that turns any failure into one line
-    with open(workdir / "log.txt", "a") as log:
-      traceback.print_exc(file=log)
-    text = " ".join(str(error).split())
-    print(f"error: {text} [{type(error).__name__}; traceback in {workdir / 'log.txt'}]", file=sys.stderr)
+    with contextlib.suppress(OSError), open(log, "a") as stream:
+      traceback.print_exc(file=stream)
+    print(f"error: {one_line(error)} [{type(error).__name__}; traceback in {log}]", file=sys.stderr)
     return 1
-  print(f"Report: {workdir / 'report.md'}") if (workdir / "report.md").exists() else None
+  if (workdir / "report.md").exists():
+    print(f"Report: {workdir / 'report.md'}")
   return 0
 
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

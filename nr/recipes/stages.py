@@ -7,11 +7,13 @@ every stage the fingerprint it was made with; a stage whose fingerprint is
 unchanged is skipped, one made by another config is never silently mixed in.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +21,7 @@ from typing import Any
 
 from nr import names
 from nr.files import replace_text
+from nr.training.defaults import OPERATIONAL
 
 Artifact = dict[str, Any]
 MANIFEST = "manifest.json"
@@ -78,9 +81,20 @@ def versions() -> dict[str, str]:
 
 
 def config_section(config: Any, sections: Sequence[str]) -> dict[str, Any]:
-  """Returns the named top-level fields of a ConfigDict as plain JSON values."""
+  """Returns the named top-level fields of a ConfigDict as plain JSON values.
+
+  Of training sections (named `train`) the operational fields are left out: a run
+  may be continued with another mesh or another checkpoint interval.
+  """
   plain = json.loads(config.to_json_best_effort())
-  return {name: plain[name] for name in sections}
+  return {name: _without_operational(plain[name]) for name in sections}
+
+
+def _without_operational(tree: Any, name: str = "") -> Any:
+  if not isinstance(tree, dict):
+    return tree
+  dropped = OPERATIONAL if name == "train" else ()
+  return {key: _without_operational(value, key) for key, value in tree.items() if key not in dropped}
 
 
 def _fingerprints(stages: Sequence[Stage], config: Any) -> dict[str, dict[str, Any]]:
@@ -127,8 +141,19 @@ def read_manifest(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON so that a reader sees the old file or the new one, never half."""
-  replace_text(path, json.dumps(value, indent=2) + "\n")
+  """Writes JSON so that a reader sees the old file or the new one, never half.
+
+  Numbers that are not finite become null: JSON has no word for them.
+  """
+  replace_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _finite(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check_against_manifest(
@@ -226,9 +251,12 @@ def _run_stage(
   context = StageContext(config, workdir, directory, {name: artifacts[name] for name in stage.inputs})
   try:
     artifact = stage.run(context)
-  finally:
+  except BaseException:
     entry["seconds"] = round(spent + time.monotonic() - start, 3)
-    write_json(workdir / MANIFEST, manifest)
+    with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+      write_json(workdir / MANIFEST, manifest)
+    raise
+  entry["seconds"] = round(spent + time.monotonic() - start, 3)
   entry.update(status="finished", artifact=artifact)
   write_json(workdir / MANIFEST, manifest)
   return artifact

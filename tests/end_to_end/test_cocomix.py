@@ -74,7 +74,7 @@ def test_the_report_has_every_number(finished):
 def test_all_losses_fell(finished):
   for folder, metric in (
     ("teacher", "next_token_loss"),
-    ("sae", "mse"),
+    ("sae", "fvu"),
     ("students/ntp_seed0", "next_token_loss"),
     ("students/cocomix_seed0", "next_token_loss"),
     ("students/cocomix_seed0", "concept_loss"),

@@ -1,6 +1,8 @@
 """Stage `report`: report.json for programs, report.md and plots for people."""
 
+import pathlib
 import platform
+import shutil
 import subprocess
 from typing import Any
 
@@ -70,14 +72,22 @@ def ratio(first: float | None, second: float | None) -> float | None:
 
 def environment() -> dict[str, Any]:
   """Returns versions, device and, in a checkout, the commit."""
-  commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
   return {
     "versions": versions(),
     "python": platform.python_version(),
     "device": jax.devices()[0].device_kind,
     "devices": jax.device_count(),
-    "commit": commit.stdout.strip() or None,
+    "commit": commit(),
   }
+
+
+def commit() -> str | None:
+  """Returns the commit of the checkout that this package is run from, None outside of one."""
+  here = pathlib.Path(__file__).parent
+  if shutil.which("git") is None:
+    return None
+  found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+  return found.stdout.strip() or None
 
 
 def draw(context: StageContext, report: dict[str, Any]) -> list[str]:

@@ -24,6 +24,8 @@ CORE = [
   "ml-collections>=1.1.0",
   "absl-py",
   "numpy",
+  "scipy",
+  "array_record",
   "sentencepiece>=0.2.3",
   "tensorboardX>=2.6.5",
   "matplotlib",

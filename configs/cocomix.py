@@ -41,6 +41,8 @@ def get_config(variant: str = "tiny") -> ConfigDict:
     {
       "name": "sotu",  # sotu | docstrings | a file or folder of .txt .jsonl .parquet | tfds:NAME | hf:NAME
       "text_field": "text",
+      "id_field": "id",
+      "packages": ("jax", "flax", "optax", "orbax", "grain", "numpy", "scipy"),  # read by "docstrings"
       "text_unit": "file",  # of a .txt file: one document a "file", or a "blank_line" block
       "source_split": "train",  # of a tfds or hf dataset
       "subset": "",
@@ -88,11 +90,13 @@ def get_config(variant: str = "tiny") -> ConfigDict:
   config.sae = ConfigDict(
     {
       "arch": "topk",
-      "num_latents": 1024,  # C, the number of concepts
+      "normalisation": "layer_norm_unbiased",
+      "dtype": "float32",  # compute type of the two large products
+      "num_latents": 512,  # C, the number of concepts
       "k": 16,  # active latents a token
       "k_aux": 48,  # half the width, as libraries do
       "alpha": 1 / 32,
-      "dead_tokens": 100_000,  # dead after so many tokens without firing
+      "dead_tokens": 204_800,  # dead after so many tokens without firing: 100 steps
       "decoding": "dense",  # or "gather"; the same result, gather for large dictionaries
       "top_k": "chunked",  # implementation of the exact top-k
       "chunk_batches": 50,  # batches whose activations are shuffled together
@@ -115,6 +119,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
   )
   config.targets = ConfigDict(
     {
+      "source": "cache",  # online labels are not available yet
       "k_attr": 4,
       "act": "post",  # post: activation after top-k (released code); pre: Eq. 1 of the first version
       "scope": "future",  # gradient of the loss of all later tokens (code) or of the next one only
@@ -122,6 +127,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
       "sign": "paper",  # largest activation x gradient of the loss; negated; abs
       "restrict_active": True,  # only active latents may be labels (the code lets inactive ones in)
       "mask_last": True,  # no label where no loss depends on the activation
+      "mask_first": False,  # no label at position 0, whose activations are abnormal in GPT-2-like teachers
       "weights": "uniform",
       "drop_nonpositive": False,
     }
@@ -131,8 +137,8 @@ def get_config(variant: str = "tiny") -> ConfigDict:
   config.students = ConfigDict(
     {
       "seeds": (0,),
-      # 104 wide, the baseline has 751,088 parameters; CoCoMix activates 756,288 (base + (C + k) d).
-      "ntp": {"model": _model(num_layers=4, model_dim=104, num_heads=2)},
+      # The baseline is as wide as makes its parameters match what CoCoMix activates: base + (C + k) d.
+      "ntp": {"model": _model(num_layers=4, model_dim=100, num_heads=2)},
       "cocomix": {
         "model": _model(num_layers=4, model_dim=96, num_heads=2),
         "concept": {
@@ -144,7 +150,8 @@ def get_config(variant: str = "tiny") -> ConfigDict:
           "compression_impl": "gather",  # or "dense"; the same result
           "top_k_impl": "chunked",
         },
-        "loss_weight": 0.1,  # lambda of Eq. 4
+        "loss_weight": 0.1,  # lambda of Eq. 4; mode mix_only is trained with 0
+        "kd_weight": 0.0,  # of the distillation baseline; not available yet
       },
       "train": _training(
         steps=240,
@@ -187,6 +194,9 @@ def _model(**sizes) -> ConfigDict:
     {
       "family": "gpt2",  # gpt2 | llama
       **sizes,
+      "num_kv_heads": 0,  # 0: as many as query heads
+      "mlp_dim": 0,  # 0: the family's ratio
+      "rotary_base": 0.0,  # 0: the family's base
       "dropout": 0.0,
       "dtype": "float32",  # compute type; bfloat16 on accelerators
       "layers": "auto",  # scan | unroll | auto: unrolled on CPU, scanned on accelerators
@@ -209,7 +219,7 @@ def _make_miniature(config: ConfigDict) -> None:
   config.students.cocomix.concept.update(insert_at=1, top_k=8)
   for train, steps in ((config.teacher.train, 30), (config.sae.train, 30), (config.students.train, 30)):
     train.update(steps=steps, log_every=2)
-    train.checkpoint.every = 10
+    train.checkpoint.every = train.eval_every = 10
     train.progress = False
   config.sae.train.batch_size = 256
   config.teacher.train.batch_size = config.students.train.batch_size = 8

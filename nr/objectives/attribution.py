@@ -132,7 +132,9 @@ def concept_labels(
   scores_BLK = attribution_scores(values_BLK, indices_BLK, decoder_CD, gradient_BLD)
   masks = {"mask_last": spec.mask_last, "mask_first": spec.mask_first}
   scored_BL = labelled_positions(weights_BL, **masks)
-  labels_BLA = select_labels(scores_BLK, indices_BLK, scored_BL, decoder_CD.shape[0], spec)
+  labels_BLA = select_labels(
+    scores_BLK, indices_BLK, scored_BL, decoder_CD.shape[0], spec, active_BLK=values_BLK > 0
+  )
   positive_BL = (signed(scores_BLK, spec.sign) > 0).sum(-1, dtype=jnp.int32)
   return ConceptLabels(labels_BLA, jnp.where(scored_BL, positive_BL, 0), scored_BL)
 
@@ -147,9 +149,10 @@ def attribution_scores(
   values_BLK: jax.Array, indices_BLK: jax.Array, decoder_CD: jax.Array, gradient_BLD: jax.Array
 ) -> jax.Array:
   """Returns value_j * <decoder row j, gradient> for the active latents only, at least float32."""
-  rows_BLKD = decoder_CD[indices_BLK]
   wide = jnp.promote_types(gradient_BLD.dtype, jnp.float32)
-  along_BLK = jnp.einsum("...kd,...d->...k", rows_BLKD, gradient_BLD, preferred_element_type=wide)
+  rows_BLKD = decoder_CD[indices_BLK].astype(wide)
+  # A product and a sum, not a dot: one small product a token is slow on CPU, and the rows are never written out.
+  along_BLK = (rows_BLKD * gradient_BLD[..., None, :].astype(wide)).sum(-1)
   return values_BLK * along_BLK
 
 
@@ -172,10 +175,14 @@ def select_labels(
   scored_BL: jax.Array,
   num_latents: int,
   spec: AttributionSpec,
+  *,
+  active_BLK: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the int32 labels [B, L, A] of the largest signed scores, NO_LABEL where there are none.
 
   Among equal scores the latent with the lowest index wins, as in a top-k over all C latents.
+  With `restrict_active`, slots that the ReLU left at 0 (all active when `active_BLK` is None) are no
+  labels: their score of 0 would beat the negative scores of latents that did fire.
 
   Raises:
     ValueError: k_attr above K.
@@ -185,13 +192,15 @@ def select_labels(
   indices_BLK = jnp.take_along_axis(indices_BLK, order_BLK, axis=-1)
   ranked_BLK = signed(jnp.take_along_axis(scores_BLK, order_BLK, axis=-1), spec.sign)
   if spec.restrict_active:
+    if active_BLK is not None:
+      ranked_BLK = jnp.where(jnp.take_along_axis(active_BLK, order_BLK, axis=-1), ranked_BLK, -jnp.inf)
     best_BLA, places_BLA = jax.lax.top_k(ranked_BLK, spec.k_attr)
     labels_BLA = jnp.take_along_axis(indices_BLK, places_BLA, axis=-1)
   else:
     batch = jnp.indices(indices_BLK.shape, sparse=True)[:-1]
     dense_BLC = jnp.zeros((*indices_BLK.shape[:-1], num_latents), ranked_BLK.dtype)
     best_BLA, labels_BLA = jax.lax.top_k(dense_BLC.at[*batch, indices_BLK].set(ranked_BLK), spec.k_attr)
-  kept_BLA = scored_BL[..., None]
+  kept_BLA = scored_BL[..., None] & (best_BLA > -jnp.inf)
   if spec.drop_nonpositive:
     kept_BLA = kept_BLA & (best_BLA > 0)
   return jnp.where(kept_BLA, labels_BLA, NO_LABEL).astype(jnp.int32)

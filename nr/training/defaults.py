@@ -4,7 +4,6 @@ from typing import Any
 
 from nr.training import optimizers
 
-
 # Fields that say how a run is carried out. They change neither its data nor its mathematics
 # (another mesh sums in another order), and a run may be continued with other values.
 OPERATIONAL = ("checkpoint", "profile", "progress", "log_every", "eval_every", "spike", "mesh")

@@ -177,6 +177,16 @@ def test_23_signs_order_the_active_latents():
   assert first("paper", 4) == [7, 9, 1, 4]
 
 
+def test_23_a_slot_that_the_relu_switched_off_is_no_label():
+  scores_BLK = jnp.asarray([[[0.5, -2.0, 1.0, 0.0]]])
+  indices_BLK = jnp.asarray([[[9, 4, 7, 1]]])
+  active_BLK = jnp.asarray([[[True, True, True, False]]])
+  labels = attribution.select_labels(
+    scores_BLK, indices_BLK, jnp.ones((1, 1), bool), 10, AttributionSpec(k_attr=4), active_BLK=active_BLK
+  )
+  assert labels[0, 0].tolist() == [7, 9, 4, NO_LABEL]
+
+
 def test_ties_go_to_the_lowest_latent():
   labels = attribution.select_labels(
     jnp.ones((1, 1, 4)), jnp.asarray([[[8, 3, 5, 1]]]), jnp.ones((1, 1), bool), 10, AttributionSpec(k_attr=3)

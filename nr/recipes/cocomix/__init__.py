@@ -10,18 +10,18 @@ from typing import Any
 
 from nr.recipes.cocomix import (
   autoencoder,
+  checks,
   corpus,
   evaluate,
   labels,
   report,
-  settings,
   steer,
   students,
   teacher,
 )
 from nr.recipes.stages import Stage
 
-validate = settings.validate
+validate = checks.validate
 
 
 def stages(config: Any) -> list[Stage]:
@@ -32,11 +32,22 @@ def stages(config: Any) -> list[Stage]:
     Stage("teacher", teacher.run, sections=("teacher", "window", "compute", "seed"), inputs=("tokenizer",)),
     Stage("sae", autoencoder.run, sections=("sae", "window", "seed"), inputs=("tokenizer", "teacher")),
     Stage(
-      "labels", labels.run, sections=("targets", "labels", "window", "compute"), inputs=("tokenizer", "teacher", "sae")
+      "labels",
+      labels.run,
+      sections=("targets", "labels", "window", "compute"),
+      inputs=("tokenizer", "teacher", "sae"),
     ),
-    Stage("students", students.run, sections=("students", "window", "compute", "seed"), inputs=("tokenizer", "labels")),
     Stage(
-      "evaluate", evaluate.run, sections=("evaluate", "compute", "seed"), inputs=("tokenizer", "labels", "students")
+      "students",
+      students.run,
+      sections=("students", "window", "compute", "seed"),
+      inputs=("tokenizer", "labels"),
+    ),
+    Stage(
+      "evaluate",
+      evaluate.run,
+      sections=("evaluate", "compute", "seed"),
+      inputs=("tokenizer", "labels", "students"),
     ),
     Stage(
       "steer",

@@ -29,7 +29,8 @@ def run(context: StageContext) -> Artifact:
   training = settings.training_config(config.sae.train, config.seed)
   data = activation_batches(context, teacher, training.batch_size, training.seed)
   method = make_method(spec, data.sample(config.sae.sample_tokens))
-  result = train(training, method, data, (), context.directory)
+  metadata = {"tokenizer": tokenizer, "spec": spec.to_dict(), "teacher": teacher.fingerprint}
+  result = train(training, method, data, (), context.directory, metadata=metadata)
 
   params, extra = result.state.params, result.state.extra
   directory = context.directory / "model"
@@ -43,6 +44,7 @@ def run(context: StageContext) -> Artifact:
     "density": context.relative(context.directory / "log10_density.npy"),
     "train_tokens": training.steps * training.batch_size,
     "tokens_per_second": result.summary.get("tokens_per_second"),
+    "input_wait_seconds": result.summary.get("input_wait_seconds"),
     "dead_fraction": sae_metrics.dead_fraction(np.asarray(extra["tokens_since_fired"]), spec.dead_tokens),
     **{name: metrics[name] for name in REPORTED},
     "all_metrics": metrics,

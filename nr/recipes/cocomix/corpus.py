@@ -37,7 +37,26 @@ def run(context: StageContext) -> Artifact:
     artifact["corpus"]["documents"][split] = dataset.num_documents
     artifact["corpus"]["tokens"][split] = dataset.num_tokens
     artifact["corpus"]["bytes"][split] = dataset.num_bytes
+  check_sizes(context.config, artifact["corpus"]["tokens"])
   return artifact
+
+
+def check_sizes(config: Any, tokens: dict[str, int]) -> None:
+  """Refuses splits that later stages could not use, before any model is trained.
+
+  Raises:
+    ValueError: names the split, its size and what it must hold.
+  """
+  window, steer = config.window.length, config.steer
+  rows = max(config.teacher.train.batch_size, config.students.train.batch_size)
+  needed = {"train": rows * window, "validation": max(window, steer.prompts * steer.prompt_tokens)}
+  for split, least in needed.items():
+    if tokens[split] < least:
+      raise ValueError(
+        f"corpus.name={config.corpus.name!r}: the {split} split has {tokens[split]} tokens and needs {least} (a batch "
+        f"of windows to train on, one window and the steering prompts to validate); give more text, or lower "
+        "window.length, train.batch_size or steer.prompts"
+      )
 
 
 def make_tokenizer(config: Any, corpus: CorpusSpec) -> Tokenizer:

@@ -11,8 +11,6 @@ from nr.recipes.cocomix.label_corpus import label_dataset, make_header
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.model_files import load_model
 
-SPLITS = ("train", "validation")
-
 
 def run(context: StageContext) -> Artifact:
   """Labels both splits; a run that was stopped goes on where it left off."""
@@ -22,7 +20,7 @@ def run(context: StageContext) -> Artifact:
   autoencoder = load_model(context.path(context.inputs["sae"]["model"]), tokenizer)
   spec = settings.attribution_spec(config)
   artifact: Artifact = {"splits": {}}
-  for split in SPLITS:
+  for split in corpus.SPLITS:
     dataset = corpus.open_split(context, split)
     header = make_header(
       dataset,
@@ -48,8 +46,7 @@ def run(context: StageContext) -> Artifact:
     )
     artifact["splits"][split] = {
       "directory": context.relative(context.directory / split),
-      "teacher": header.teacher,
-      "autoencoder": header.autoencoder,
+      "header": header.to_dict(),
       **cache.counts,
     }
   counts = latent_counts(open_labels(context, artifact, "train").labels, autoencoder.spec.num_latents)
@@ -70,8 +67,8 @@ def open_labels(
   recorded = artifact["splits"][split]
   dataset = dataset or corpus.open_split(context, split)
   expected: dict[str, Any] = {
-    "teacher": recorded["teacher"],
-    "autoencoder": recorded["autoencoder"],
+    **recorded["header"],
+    "layer": context.config.teacher.tap_layer,
     "tokenizer": dataset.tokenizer,
     "dataset": dataset.fingerprint,
     "window": context.config.window.length,

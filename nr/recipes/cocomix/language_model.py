@@ -1,10 +1,13 @@
 """What teacher and students share: training by the one loop, and scoring by document."""
 
+import functools
+import itertools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nr.data.windows import WindowSource, ordered_batches, shuffled_batches
@@ -12,11 +15,15 @@ from nr.evaluation.flops import count_flops
 from nr.evaluation.perplexity import DocumentScores, score_documents
 from nr.models import parameters
 from nr.objectives.language_modeling import token_nll
+from nr.objectives.weighted import Weighted, add
 from nr.recipes.cocomix import corpus, settings
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.loop import train
-from nr.training.method import Method
-from nr.training.model_files import Model, count_parameters, load_model, save_model
+from nr.training.method import Evaluator, Method
+from nr.training.model_files import Model, count_parameters, graphdef_of, load_model, save_model
+
+VALIDATION_BATCHES = 4
+"""Batches of the validation split that are measured while training; the final score uses all of it."""
 
 
 def window_source(
@@ -59,13 +66,15 @@ def train_language_model(
     seed=training.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    prefetch=2,
   )
   flops = training_flops_per_token(method, source, training.batch_size)
   training.flops_per_token = flops
-  result = train(training, method, data, (), directory)
-  fingerprint = save_model(
-    directory / "model", spec, result.state.params, context.inputs["tokenizer"]["fingerprint"]
-  )
+  tokenizer = context.inputs["tokenizer"]["fingerprint"]
+  metadata = {"tokenizer": tokenizer, "spec": spec.to_dict()}
+  evaluators = [validation_evaluator(context, spec)]
+  result = train(training, method, data, evaluators, directory, metadata=metadata)
+  fingerprint = save_model(directory / "model", spec, result.state.params, tokenizer)
   scored = source.length - 1
   return {
     "model": context.relative(directory / "model"),
@@ -76,8 +85,24 @@ def train_language_model(
     "scored_train_tokens": training.steps * training.batch_size * scored,
     "train_flops_per_token": flops,
     "tokens_per_second": result.summary.get("tokens_per_second"),
+    "input_wait_seconds": result.summary.get("input_wait_seconds"),
     "summary": result.summary,
   }
+
+
+def validation_evaluator(context: StageContext, spec: Any) -> Evaluator:
+  """Returns the measurement taken while training: loss on the first few validation batches, nats a token."""
+  config = context.config
+  source = window_source(context, "validation", tail="pad")
+  batches = list(itertools.islice(ordered_batches(source, config.evaluate.batch_size), VALIDATION_BATCHES))
+  token_losses = make_token_losses(graphdef_of(spec), settings.loss_chunk(config))
+
+  def run(params: Any, frozen: Any, extra: Any) -> dict[str, float]:
+    del frozen, extra
+    sums = [Weighted.of(token_losses(params, batch), jnp.asarray(batch["weights"])) for batch in batches]
+    return {"loss": float(functools.reduce(add, sums).mean())}
+
+  return Evaluator("validation", run)
 
 
 def training_flops_per_token(method: Method, source: WindowSource, batch_size: int) -> float:
@@ -105,23 +130,21 @@ def forward_flops_per_token(model: Model, length: int) -> float:
   )
 
 
-def make_token_nll(model: Model, loss_chunk: int | None = None) -> Callable[[Mapping[str, Any]], jax.Array]:
-  """Returns the jitted function from a batch to the nats [B, L] of its targets."""
+def make_token_losses(graphdef: Any, loss_chunk: int | None = None) -> Callable[[Any, Any], jax.Array]:
+  """Returns the jitted function from (params, batch) to the nats [B, L] of the batch's targets."""
 
   @jax.jit
   def token_losses(params: Any, batch: Any) -> jax.Array:
-    module = parameters.merge(model.graphdef, params)
+    module = parameters.merge(graphdef, params)
     hidden_BLD = module.hidden(
       batch["tokens"], segment_ids_BL=batch.get("segment_ids"), positions_BL=batch.get("positions")
     )
     return token_nll(hidden_BLD, module.unembedding_VD, batch["targets"], chunk_size=loss_chunk)
 
-  return lambda batch: token_losses(model.params, batch)
+  return token_losses
 
 
-def score_split(
-  context: StageContext, artifact: Artifact, split: str, batch_size: int
-) -> DocumentScores:
+def score_split(context: StageContext, artifact: Artifact, split: str, batch_size: int) -> DocumentScores:
   """Scores every token of a split but the first with a saved model, by document.
 
   Windows overlap by one token, so that the first token of a window is a target
@@ -131,6 +154,12 @@ def score_split(
   model = load_model(context.path(artifact["model"]), tokenizer)
   source = window_source(context, split, tail="pad", overlap=1, with_documents=True)
   batches = ordered_batches(source, batch_size)
-  nll = make_token_nll(model, settings.loss_chunk(context.config))
+  token_losses = make_token_losses(model.graphdef, settings.loss_chunk(context.config))
   document_bytes = source.dataset.document_bytes
-  return score_documents(nll, batches, document_bytes, total=len(batches), description=f"scoring {split}")
+  return score_documents(
+    lambda batch: token_losses(model.params, batch),
+    batches,
+    document_bytes,
+    total=len(batches),
+    description=f"scoring {split}",
+  )

@@ -17,7 +17,13 @@ from nr.recipes.stages import Artifact, StageContext, read_manifest, versions, w
 from nr.training.writers import read_metrics
 
 STUDENT_FIELDS = (
-  "params", "activated_params", "train_tokens", "tokens_per_second", "train_flops_per_token", "forward_flops_per_token",
+  "params",
+  "activated_params",
+  "train_tokens",
+  "tokens_per_second",
+  "input_wait_seconds",
+  "train_flops_per_token",
+  "forward_flops_per_token",
 )
 
 
@@ -106,7 +112,11 @@ def draw(context: StageContext, report: dict[str, Any]) -> list[str]:
   plots.plot_curves(folder / "concept_loss.png", concept, title="Concept loss of the CoCoMix student", **nats)
   sae_curves = {"fraction of variance unexplained": curve(context, inputs["sae"], "fvu")}
   plots.plot_curves(
-    folder / "sae.png", sae_curves, title="Sparse autoencoder", x_label="step", y_label="FVU of the batch",
+    folder / "sae.png",
+    sae_curves,
+    title="Sparse autoencoder",
+    x_label="step",
+    y_label="FVU of the batch",
     logarithmic=True,
   )
   bars = {kind: Interval(entry["val_ppl"], *entry["ppl_ci95"]) for kind, entry in report["students"].items()}
@@ -115,7 +125,10 @@ def draw(context: StageContext, report: dict[str, Any]) -> list[str]:
   )
   density = np.load(context.path(inputs["sae"]["density"]), allow_pickle=False)
   plots.plot_histogram(
-    folder / "sae_density.png", density, title="How often latents fire", x_label="log10 fraction of tokens",
+    folder / "sae_density.png",
+    density,
+    title="How often latents fire",
+    x_label="log10 fraction of tokens",
     y_label="latents",
   )
   draw_steering(folder, report["steering"]["sweeps"])

@@ -78,8 +78,16 @@ def students(report: dict[str, Any]) -> str:
       ]
     )
   header = [
-    "student", "parameters", "activated", "training tokens", "validation loss, nats (95 % interval)", "perplexity",
-    "bits/byte", "training tokens/s", "training FLOPs/token", "forward FLOPs/token",
+    "student",
+    "parameters",
+    "activated",
+    "training tokens",
+    "validation loss, nats (95 % interval)",
+    "perplexity",
+    "bits/byte",
+    "training tokens/s",
+    "training FLOPs/token",
+    "forward FLOPs/token",
   ]
   cocomix = report["students"]["cocomix"]
   note = (

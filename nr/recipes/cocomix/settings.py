@@ -1,20 +1,19 @@
-"""From the config to the specs that models and targets take, and the checks before device time."""
+"""From the config to the specs that models and targets take."""
 
 from typing import Any
 
 import jax
 
 from nr import names
-from nr.data.concept_labels import MAX_CONCEPTS
-from nr.models.concept_intervention import InterventionMode
 from nr.models.concept_mixing import ConceptMixingSpec
 from nr.models.sparse_autoencoder import SparseAutoencoderSpec
 from nr.models.transformer import TransformerSpec
 from nr.objectives.attribution import AttributionSpec
-from nr.training import defaults, sharding
 from nr.training.model_files import ConceptMixingModelSpec
 
 FAMILIES = ("gpt2", "llama")
+OPTIONAL_SIZES = ("num_kv_heads", "mlp_dim", "rotary_base")
+"""Fields of a model section in which 0 stands for the family's own value."""
 
 
 def transformer_spec(model: Any, vocab_size: int, length: int) -> TransformerSpec:
@@ -35,6 +34,9 @@ def transformer_spec(model: Any, vocab_size: int, length: int) -> TransformerSpe
   if fields["layers"] == "auto":
     # Slicing stacked arrays copies them on CPU; accelerators lose nothing and compile faster.
     fields["layers"] = "unroll" if jax.default_backend() == "cpu" else "scan"
+  for name in OPTIONAL_SIZES:
+    if not fields[name]:
+      del fields[name]
   fields = {"vocab_size": vocab_size, "max_length": length, **fields}
   return getattr(TransformerSpec, family)(**fields)
 
@@ -51,7 +53,18 @@ def student_spec(config: Any, kind: str, vocab_size: int) -> TransformerSpec | C
 
 def autoencoder_spec(config: Any) -> SparseAutoencoderSpec:
   """Returns the settings of the sparse autoencoder on the teacher's stream."""
-  fields = ("arch", "num_latents", "k", "k_aux", "alpha", "dead_tokens", "decoding", "top_k")
+  fields = (
+    "arch",
+    "normalisation",
+    "num_latents",
+    "k",
+    "k_aux",
+    "alpha",
+    "dead_tokens",
+    "decoding",
+    "top_k",
+    "dtype",
+  )
   return SparseAutoencoderSpec(
     model_dim=config.teacher.model.model_dim, **{name: config.sae[name] for name in fields}
   )
@@ -59,7 +72,9 @@ def autoencoder_spec(config: Any) -> SparseAutoencoderSpec:
 
 def attribution_spec(config: Any) -> AttributionSpec:
   """Returns which variant of the concept targets is asked for."""
-  return AttributionSpec(**config.targets.to_dict())
+  fields = config.targets.to_dict()
+  del fields["source"]  # where labels come from, not what they are
+  return AttributionSpec.from_dict(fields)
 
 
 def loss_chunk(config: Any) -> int | None:
@@ -72,53 +87,3 @@ def training_config(section: Any, seed: int) -> Any:
   section = section.copy_and_resolve_references()
   section.seed = section.seed + seed
   return section
-
-
-def validate(config: Any) -> None:
-  """Checks everything that can be checked without data or device.
-
-  Raises:
-    ValueError: one line with field, value and remedy.
-  """
-  vocab_size = config.tokenizer.vocab_size
-  transformer_spec(config.teacher.model, vocab_size, config.window.length)
-  layers = config.teacher.model.num_layers
-  if not 0 <= config.teacher.tap_layer < layers:
-    raise ValueError(
-      f"teacher.tap_layer={config.teacher.tap_layer} is outside the teacher: choose 0..{layers - 1}, its blocks from 0"
-    )
-  if config.sae.num_latents > MAX_CONCEPTS:
-    raise ValueError(
-      f"sae.num_latents={config.sae.num_latents}: labels are stored as uint16; use at most {MAX_CONCEPTS}"
-    )
-  attribution_spec(config).check(autoencoder_spec(config).k)
-  for kind in ("ntp", "cocomix"):
-    student_spec(config, kind, vocab_size)
-  if not config.students.seeds:
-    raise ValueError("students.seeds=() is empty; name at least one seed, for example (0,)")
-  for name in ("teacher", "sae", "students"):
-    _validate_training(name, config[name].train)
-  _validate_steering(config)
-
-
-def _validate_training(name: str, section: Any) -> None:
-  """Checks a training section against the devices that are there."""
-  try:
-    sizes = sharding.mesh_sizes(section.mesh, jax.device_count())
-    defaults.validate(section, sizes, jax.process_count())
-  except ValueError as error:
-    raise ValueError(f"{name}.train: {error}") from error
-
-
-def _validate_steering(config: Any) -> None:
-  steer = config.steer
-  if steer.prompt_tokens + steer.new_tokens > config.window.length:
-    raise ValueError(
-      f"steer.prompt_tokens + steer.new_tokens = {steer.prompt_tokens + steer.new_tokens} is more than "
-      f"window.length={config.window.length}, the positions the students know; shorten one of them"
-    )
-  modes = [mode.name.lower() for mode in InterventionMode]
-  if steer.mode not in modes:
-    raise ValueError(names.unknown("steer.mode", steer.mode, modes))
-  if len(steer.strengths) < 2:
-    raise ValueError(f"steer.strengths={steer.strengths} needs at least two values to sweep")

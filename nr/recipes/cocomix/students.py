@@ -54,7 +54,8 @@ def student_method(config: Any, kind: str, spec: Any) -> Method:
   """Returns the method that trains a student of a kind."""
   if kind == "ntp":
     return next_token_method(spec, name="ntp", loss_chunk=settings.loss_chunk(config))
-  weight = config.students.cocomix.loss_weight
+  mode = spec.concepts.mode
+  weight = 0.0 if mode == "mix_only" else config.students.cocomix.loss_weight
   return cocomix_method(spec, loss_weight=weight, loss_chunk=settings.loss_chunk(config))
 
 

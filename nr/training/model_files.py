@@ -138,7 +138,3 @@ def load_model(directory: pathlib.Path, tokenizer: str | None = None) -> Model:
     params = parameters.unstack_layers(params)
   return Model(spec, graphdef_of(spec), jax.tree.map(jnp.asarray, params), fingerprint, metadata)
 
-
-def count_parameters(params: Any) -> int:
-  """Number of stored parameters, every array counted once (a tied head is one array)."""
-  return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 from nr.data.windows import ordered_batches
 from nr.evaluation.perplexity import DocumentScores, loss_difference_interval
-from nr.evaluation.statistics import Interval, paired_difference
+from nr.evaluation.statistics import paired_difference
 from nr.models import parameters
-from nr.objectives.concept_prediction import concept_prediction_loss
 from nr.objectives.weighted import Weighted, add
 from nr.recipes.cocomix import labels as labels_stage
 from nr.recipes.cocomix import language_model
+from nr.recipes.cocomix.method import run_on_labels
 from nr.recipes.cocomix.students import KINDS, run_name
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.model_files import load_model
@@ -41,7 +41,7 @@ def run(context: StageContext) -> Artifact:
     for kind in KINDS
   }
   over_seeds = paired_difference(losses["cocomix"], losses["ntp"])
-  artifact["over_seeds"] = finite(over_seeds)
+  artifact["over_seeds"] = over_seeds._asdict()
   np.savez(
     context.directory / "document_scores.npz",
     **{
@@ -65,11 +65,6 @@ def summary(scores: DocumentScores, seed: int) -> dict[str, Any]:
   }
 
 
-def finite(interval: Interval) -> dict[str, float | None]:
-  """Returns an interval as JSON, in which infinite bounds (one seed only) are null."""
-  return {name: value if math.isfinite(value) else None for name, value in interval._asdict().items()}
-
-
 def concept_metrics(context: StageContext, trained: Artifact) -> dict[str, float]:
   """Returns concept loss (nats) and label recall of a CoCoMix student on the validation split."""
   model = load_model(context.path(trained["model"]))
@@ -87,15 +82,4 @@ def concept_metrics(context: StageContext, trained: Artifact) -> dict[str, float
 @functools.partial(jax.jit, static_argnums=0)
 def measure_concepts(graphdef: Any, params: Any, batch: dict[str, Any]) -> list[Weighted]:
   """Returns weighted sums of concept loss, recall among the top k, recall among the first labels."""
-  module = parameters.merge(graphdef, params)
-  concepts = module.forward(
-    batch["tokens"],
-    labels_BLA=batch["labels"],
-    segment_ids_BL=batch.get("segment_ids"),
-    positions_BL=batch.get("positions"),
-  ).concepts
-  return list(
-    concept_prediction_loss(
-      concepts.log_normalizer_BL, concepts.label_logits_BLA, batch["labels"], concepts.indices_BLK
-    )
-  )
+  return list(run_on_labels(parameters.merge(graphdef, params), batch)[1])

@@ -18,9 +18,10 @@ from nr.objectives.language_modeling import token_nll
 from nr.objectives.weighted import Weighted, add
 from nr.recipes.cocomix import corpus, settings
 from nr.recipes.stages import Artifact, StageContext
+from nr.training import trees
 from nr.training.loop import train
 from nr.training.method import Evaluator, Method
-from nr.training.model_files import Model, count_parameters, graphdef_of, load_model, save_model
+from nr.training.model_files import Model, graphdef_of, load_model, save_model
 
 VALIDATION_BATCHES = 4
 """Batches of the validation split that are measured while training; the final score uses all of it."""
@@ -80,7 +81,7 @@ def train_language_model(
     "model": context.relative(directory / "model"),
     "fingerprint": fingerprint,
     "directory": context.relative(directory),
-    "params": count_parameters(result.state.params),
+    "params": trees.count(result.state.params),
     "train_tokens": training.steps * training.batch_size * source.length,
     "scored_train_tokens": training.steps * training.batch_size * scored,
     "train_flops_per_token": flops,

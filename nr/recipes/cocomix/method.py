@@ -7,7 +7,7 @@ import jax
 from nr.models import parameters
 from nr.models.sparse_autoencoder import SparseAutoencoderSpec, initialise
 from nr.objectives import sparse_coding
-from nr.objectives.concept_prediction import concept_prediction_loss
+from nr.objectives.concept_prediction import ConceptPredictionLoss, concept_prediction_loss
 from nr.objectives.language_modeling import next_token_loss
 from nr.objectives.weighted import LossOutput, Weighted
 from nr.training.method import Method
@@ -67,21 +67,9 @@ def cocomix_method(
   def loss(params: Any, frozen: Any, extra: Any, batch: Any, key: jax.Array) -> LossOutput:
     del frozen, extra
     model = parameters.merge(graphdef, params)
-    output = model.forward(
-      batch["tokens"],
-      labels_BLA=batch["labels"],
-      segment_ids_BL=batch.get("segment_ids"),
-      positions_BL=batch.get("positions"),
-      key=key if spec.transformer.dropout else None,
-    )
+    hidden_BLD, concept = run_on_labels(model, batch, key if spec.transformer.dropout else None)
     next_token = next_token_loss(
-      output.hidden_BLD, model.unembedding_VD, batch["targets"], batch["weights"], chunk_size=loss_chunk
-    )
-    concept = concept_prediction_loss(
-      output.concepts.log_normalizer_BL,
-      output.concepts.label_logits_BLA,
-      batch["labels"],
-      output.concepts.indices_BLK,
+      hidden_BLD, model.unembedding_VD, batch["targets"], batch["weights"], chunk_size=loss_chunk
     )
     total = Weighted(next_token.total + loss_weight * concept.loss.total, next_token.weight)
     metrics = {
@@ -97,4 +85,25 @@ def cocomix_method(
     init=lambda key: parameters.split(build_model(spec, key))[1],
     loss=loss,
     axes=axes_of(spec),
+  )
+
+
+def run_on_labels(
+  model: Any, batch: Any, key: jax.Array | None = None
+) -> tuple[jax.Array, ConceptPredictionLoss]:
+  """Runs a CoCoMix model on a labelled batch.
+
+  Returns:
+    Final-normed readout rows [B, L, D], and how well its concepts match the labels.
+  """
+  output = model.forward(
+    batch["tokens"],
+    labels_BLA=batch["labels"],
+    segment_ids_BL=batch.get("segment_ids"),
+    positions_BL=batch.get("positions"),
+    key=key,
+  )
+  concepts = output.concepts
+  return output.hidden_BLD, concept_prediction_loss(
+    concepts.log_normalizer_BL, concepts.label_logits_BLA, batch["labels"], concepts.indices_BLK
   )

@@ -9,8 +9,9 @@ from nr.recipes.cocomix import labels as labels_stage
 from nr.recipes.cocomix import language_model, settings
 from nr.recipes.cocomix.method import cocomix_method
 from nr.recipes.stages import Artifact, StageContext
+from nr.training import trees
 from nr.training.method import Method
-from nr.training.model_files import build_model, count_parameters, load_model
+from nr.training.model_files import build_model, load_model
 from nr.training.next_token import next_token_method
 
 KINDS = ("ntp", "cocomix")
@@ -68,4 +69,4 @@ def activated_parameters(spec: Any) -> int:
   transformer = getattr(spec, "transformer", spec)
   shapes = jax.eval_shape(lambda: parameters.split(build_model(transformer, jax.random.key(0)))[1])
   active = spec.concepts.num_parameters(transformer)[1] if spec is not transformer else 0
-  return count_parameters(shapes) + active
+  return trees.count(shapes) + active

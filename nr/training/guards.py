@@ -1,5 +1,6 @@
 """What watches a run: not-a-number, spikes, signals, profiles."""
 
+import contextlib
 import logging
 import math
 import pathlib
@@ -159,7 +160,8 @@ class Profiler:
   def close(self, state: Any) -> None:
     """Stops a trace that is still running."""
     if self._is_on:
-      jax.block_until_ready(state)
+      with contextlib.suppress(RuntimeError):  # a step that failed has taken the donated state with it
+        jax.block_until_ready(state)
       jax.profiler.stop_trace()
       self._is_on = False
       logging.info("profile written to %s", self._directory)

@@ -37,7 +37,14 @@ def test_every_variant_builds(variant):
     jax.eval_shape(lambda spec=spec: build_model(spec, jax.random.key(0)) and 0)
   assert next_token_method(teacher).axes and cocomix_method(specs[-1], loss_weight=0.1).axes
   assert [stage.name for stage in cocomix.stages(config)] == [
-    "tokenizer", "teacher", "sae", "labels", "students", "evaluate", "steer", "report",
+    "tokenizer",
+    "teacher",
+    "sae",
+    "labels",
+    "students",
+    "evaluate",
+    "steer",
+    "report",
   ]
 
 

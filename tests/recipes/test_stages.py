@@ -75,6 +75,41 @@ def test_a_work_directory_made_by_another_config_is_refused(config, tmp_path):
     stages_lib.run_stages(recipe([]), config, tmp_path)
 
 
+def test_operational_fields_of_training_may_change(tmp_path):
+  config = ml_collections.ConfigDict(
+    {"first": {"value": 2, "train": {"steps": 5, "log_every": 1}}, "second": {"factor": 3}, "seed": 0}
+  )
+  stages_lib.run_stages(recipe([]), config, tmp_path)
+  config.first.train.log_every = 7
+  calls = []
+  stages_lib.run_stages(recipe(calls), config, tmp_path)
+  assert calls == []
+  config.first.train.steps = 6
+  with pytest.raises(stages_lib.StageError, match=r"first\.train\.steps: 5 there, 6 now"):
+    stages_lib.run_stages(recipe([]), config, tmp_path)
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+  stages_lib.write_json(tmp_path / "x.json", {"a": float("nan"), "b": [float("inf"), 1.5]})
+  assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.5]}
+
+
+def test_a_full_disk_does_not_hide_what_went_wrong(config, tmp_path, monkeypatch):
+  real = stages_lib.replace_text
+
+  def fail(context):
+    def full(path, text):
+      raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stages_lib, "replace_text", full)
+    raise RuntimeError("the checkpoint could not be written")
+
+  broken = [stages_lib.Stage("first", fail, sections=("first",))]
+  with pytest.raises(RuntimeError, match="checkpoint could not be written"):
+    stages_lib.run_stages(broken, config, tmp_path)
+  monkeypatch.setattr(stages_lib, "replace_text", real)
+
+
 def test_a_change_upstream_names_everything_downstream(config, tmp_path):
   stages_lib.run_stages(recipe([]), config, tmp_path)
   config.first.value = 5

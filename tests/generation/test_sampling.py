@@ -75,7 +75,7 @@ def test_samples_follow_the_softmax_at_the_temperature():
     ((PROMPTS[:, :0],), dict(max_new_tokens=4, temperature=0.0), "give at least one token"),
     ((PROMPTS,), dict(max_new_tokens=20, temperature=0.0), "need 25 positions; .* max_length = 24"),
     ((PROMPTS, jnp.zeros(PROMPTS.shape)), dict(max_new_tokens=4, temperature=0.0), "padded on the left"),
-    ((PROMPTS,), dict(max_new_tokens=4, temperature=0.0, intervene_on="late"), "one of all, generation"),
+    ((PROMPTS,), dict(max_new_tokens=4, temperature=0.0, intervene_on="late"), "Valid: all, generation"),
   ],
 )
 def test_bad_arguments_are_named(arguments, settings, message):

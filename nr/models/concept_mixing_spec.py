@@ -31,13 +31,12 @@ class ConceptMixingSpec(Spec):
     norm: "reference" normalises the stream before the head and undoes it after
       the compression, as the released code does; "none" is the paper's equation 3.
     head_impl: "fused" holds the logits of `chunk_length` positions a row at a time and
-      recomputes them in the backward pass; "dense" holds all. Same values; fused
-      was also faster on 2 CPU cores (2048 positions, 32768 concepts: 1.7 s against
-      3.7 s, forward and backward).
+      recomputes them in the backward pass; "dense" holds all. Same values; with
+      many concepts fused is the faster one on CPU too.
     chunk_length: positions a row, for "fused"; 0 takes all at once, as "dense".
     compression_impl: "gather" reads K rows a position, "dense" multiplies by all C;
-      measured on CPU, gather is 12 times faster at 32768 concepts and equal at 2048.
-      With concepts split over devices dense needs less communication.
+      with many concepts gather is much the faster on CPU. With concepts split over
+      devices dense should need less communication.
     top_k_impl: see `nr.models.top_k`; same values.
     last_block: "readout_rows" computes queries and MLP of the last block only for
       the rows that are read; "all_rows" for all. Same values.

@@ -26,10 +26,13 @@ class AttentionInputs(NamedTuple):
     positions_BL: int32 rotary positions (ignored by models with learned ones).
     segment_ids_BL: int32, rows attend rows of their own segment only, and rows
       of segment 0 (padding) come out as zero; None when all rows are one segment.
+    visible_BLL: bool [B or 1, L, L], with a cache only: which of the new rows each
+      new row sees (a tree of drafts), instead of all earlier ones. None: a chain.
   """
 
   positions_BL: jax.Array
   segment_ids_BL: jax.Array | None = None
+  visible_BLL: jax.Array | None = None
 
 
 def default_positions(
@@ -176,10 +179,34 @@ def zero_padding(output_BLHK: jax.Array, segment_ids_BL: jax.Array | None) -> ja
   return jnp.where((segment_ids_BL != 0)[:, :, None, None], output_BLHK, 0)
 
 
-def cache_mask(segment_ids_BL: jax.Array, cache_segment_ids_BS: jax.Array, slot: jax.Array) -> jax.Array:
-  """Returns bool [B, 1, L, S]: which slots L new rows, written from `slot` on, may see."""
-  rows_L = slot + jnp.arange(segment_ids_BL.shape[1])
-  is_earlier = jnp.arange(cache_segment_ids_BS.shape[1]) <= rows_L[:, None]
+def cache_mask(
+  segment_ids_BL: jax.Array,
+  cache_segment_ids_BS: jax.Array,
+  slot: jax.Array,
+  visible_BLL: jax.Array | None = None,
+) -> jax.Array:
+  """Returns bool [B, 1, L, S]: which slots L new rows, written from `slot` on, may see.
+
+  Args:
+    segment_ids_BL: int32, of the new rows.
+    cache_segment_ids_BS: int32, of the slots, the new rows written.
+    slot: scalar, or [B] for an uneven cache.
+    visible_BLL: see `AttentionInputs`.
+  """
+  length = segment_ids_BL.shape[1]
+  # Slots counted from the first new row: [S] or [B, S].
+  offsets = jnp.arange(cache_segment_ids_BS.shape[1]) - slot[..., None]
+  if visible_BLL is None:
+    is_earlier = offsets[..., None, :] <= jnp.arange(length)[:, None]
+  else:
+    offsets_BS = jnp.broadcast_to(offsets, (visible_BLL.shape[0], offsets.shape[-1])) if offsets.ndim == 1 else offsets
+    visible_BLL = jnp.broadcast_to(visible_BLL, (offsets_BS.shape[0], *visible_BLL.shape[1:]))
+    nearest_BLS = jnp.broadcast_to(
+      jnp.clip(offsets_BS, 0, length - 1)[:, None], (offsets_BS.shape[0], length, offsets_BS.shape[1])
+    )
+    seen_BLS = jnp.take_along_axis(visible_BLL, nearest_BLS, axis=2)
+    is_new_BLS = (offsets_BS >= 0)[:, None] & (offsets_BS < length)[:, None]
+    is_earlier = jnp.where(is_new_BLS, seen_BLS, (offsets_BS < 0)[:, None])
   is_same = segment_ids_BL[:, :, None] == cache_segment_ids_BS[:, None, :]
   return (is_earlier & is_same)[:, None]
 
@@ -191,7 +218,7 @@ class RowContext(NamedTuple):
     rotation: cosines and sines, or None for learned positions.
     segment_ids_BL: of the rows, or None.
     mask: bool [B, 1, L, S] of the cache slots that are seen, or None without a cache.
-    slot: first slot to write, or None without a cache.
+    slot: first slot to write (scalar, or [B] for an uneven cache), or None without a cache.
   """
 
   rotation: tuple[jax.Array, jax.Array] | None

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nr.models import cache as caches
 from nr.models.attention import AttentionInputs
 from nr.models.cache import KVCache
 from nr.models.concept_head import ConceptPrediction, concept_logits, mix_concepts, predict_concepts
@@ -70,6 +71,11 @@ class ConceptMixingCache(NamedTuple):
   def capacity(self) -> int:
     """Number of tokens that fit."""
     return self.lower.capacity
+
+  @property
+  def length(self) -> jax.Array:
+    """Number of tokens read, padding included; see `KVCache`."""
+    return self.lower.length
 
 
 class ConceptHead(nnx.Module):
@@ -179,8 +185,19 @@ def interleave(first_BLD: jax.Array, second_BLD: jax.Array) -> jax.Array:
 
 
 def double_rows(attention: AttentionInputs) -> AttentionInputs:
-  """Gives each concept row the position and the segment of its token."""
-  return jax.tree.map(lambda array_BL: jnp.repeat(array_BL, 2, axis=1), attention)
+  """Gives each concept row the position and the segment of its token.
+
+  In a tree, both rows of a token see both rows of its ancestors, its own token row,
+  and only the concept row sees itself.
+  """
+  positions_BR = jnp.repeat(attention.positions_BL, 2, axis=1)
+  segment_ids_BR, visible_BRR = attention.segment_ids_BL, attention.visible_BLL
+  if segment_ids_BR is not None:
+    segment_ids_BR = jnp.repeat(segment_ids_BR, 2, axis=1)
+  if visible_BRR is not None:
+    visible_BRR = jnp.repeat(jnp.repeat(visible_BRR, 2, axis=1), 2, axis=2)
+    visible_BRR = visible_BRR & jnp.tril(jnp.ones(visible_BRR.shape[1:], bool))
+  return AttentionInputs(positions_BR, segment_ids_BR, visible_BRR)
 
 
 class ConceptMixingTransformer(nnx.Module):
@@ -276,13 +293,40 @@ class ConceptMixingTransformer(nnx.Module):
     x_BLD, _ = run(x_BLD, start, self.spec.num_layers - 1, attention=attention, key=key)
     return run_last_block(self.transformer, x_BLD, attention, key=key)
 
-  def init_cache(self, batch: int, length: int, dtype: Any = None) -> ConceptMixingCache:
-    """Makes an empty cache for `length` tokens a row, padding included."""
+  def init_cache(
+    self, batch: int, length: int, dtype: Any = None, *, uneven: bool = False
+  ) -> ConceptMixingCache:
+    """Makes an empty cache for `length` tokens a row, padding included; see `KVCache` for `uneven`."""
     insert_at = self.concept_spec.insert_at
-    rows = 2 * length if self.concept_spec.is_interleaving else length
+    make = self.transformer.init_cache
     return ConceptMixingCache(
-      self.transformer.init_cache(batch, length, dtype, start=0, stop=insert_at),
-      self.transformer.init_cache(batch, rows, dtype, start=insert_at),
+      make(batch, length, dtype, start=0, stop=insert_at, uneven=uneven),
+      make(batch, self._rows_per_token * length, dtype, start=insert_at, uneven=uneven),
+    )
+
+  @property
+  def _rows_per_token(self) -> int:
+    """Rows of a token in the blocks above the insertion."""
+    return 2 if self.concept_spec.is_interleaving else 1
+
+  def fork(self, cache: ConceptMixingCache, rows_B: jax.Array) -> ConceptMixingCache:
+    """Returns a cache whose row b continues row `rows_B[b]` of `cache`; any number of rows."""
+    return ConceptMixingCache(*(caches.take_rows(part, rows_B) for part in cache))
+
+  def rollback(self, cache: ConceptMixingCache, length: jax.Array) -> ConceptMixingCache:
+    """Forgets all but the first `length` tokens (scalar, or [B] for an uneven cache)."""
+    upper = caches.rollback(cache.upper, self._rows_per_token * jnp.asarray(length))
+    return ConceptMixingCache(caches.rollback(cache.lower, length), upper)
+
+  def keep_path(
+    self, cache: ConceptMixingCache, start_B: jax.Array, offsets_BA: jax.Array
+  ) -> ConceptMixingCache:
+    """Keeps one path of a tree of tokens read from token `start_B` on; see `nr.models.cache.keep_path`."""
+    rows = self._rows_per_token
+    upper_BR = (rows * offsets_BA[..., None] + jnp.arange(rows)).reshape(offsets_BA.shape[0], -1)
+    return ConceptMixingCache(
+      caches.keep_path(cache.lower, start_B, offsets_BA),
+      caches.keep_path(cache.upper, rows * start_B, upper_BR),
     )
 
   def extend_hidden(
@@ -291,6 +335,7 @@ class ConceptMixingTransformer(nnx.Module):
     cache: ConceptMixingCache,
     valid_BL: jax.Array | None = None,
     *,
+    visible_BLL: jax.Array | None = None,
     intervention: ConceptIntervention | None = None,
   ) -> tuple[jax.Array, ConceptMixingCache]:
     """Reads L more tokens behind those in the cache; as `Transformer.extend_hidden`.
@@ -298,7 +343,7 @@ class ConceptMixingTransformer(nnx.Module):
     An intervention acts on the new tokens; its `active_BL` refers to them.
     """
     # Positions count tokens, so they come from the lower cache, which has one slot a token.
-    attention = continued_rows(tokens_BL, cache.lower, valid_BL)
+    attention = continued_rows(tokens_BL, cache.lower, valid_BL, visible_BLL)
     insert_at = self.concept_spec.insert_at
     x_BLD = self.transformer.embed(tokens_BL, attention.positions_BL)
     x_BLD, lower = self.transformer.run_blocks(x_BLD, 0, insert_at, attention=attention, cache=cache.lower)
@@ -314,8 +359,10 @@ class ConceptMixingTransformer(nnx.Module):
     cache: ConceptMixingCache,
     valid_BL: jax.Array | None = None,
     *,
+    visible_BLL: jax.Array | None = None,
     intervention: ConceptIntervention | None = None,
   ) -> tuple[jax.Array, ConceptMixingCache]:
     """As `extend_hidden`, but returns float32 logits [B, L, V] of every new token."""
-    x_BLD, cache = self.extend_hidden(tokens_BL, cache, valid_BL, intervention=intervention)
+    settings = dict(visible_BLL=visible_BLL, intervention=intervention)
+    x_BLD, cache = self.extend_hidden(tokens_BL, cache, valid_BL, **settings)
     return self.logits(x_BLD), cache

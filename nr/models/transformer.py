@@ -99,18 +99,28 @@ def rematerialise(function: Any, policy: str, *, is_scanned: bool) -> Any:
   return jax.checkpoint(function, policy=saved, prevent_cse=not is_scanned)
 
 
-def continued_rows(tokens_BL: jax.Array, cache: KVCache, valid_BL: jax.Array | None) -> AttentionInputs:
+def continued_rows(
+  tokens_BL: jax.Array,
+  cache: KVCache,
+  valid_BL: jax.Array | None,
+  visible_BLL: jax.Array | None = None,
+) -> AttentionInputs:
   """Returns positions and segments of new tokens behind those of a cache with one slot a token.
 
   Args:
     tokens_BL: the new tokens.
     cache: what the rows hold so far.
     valid_BL: bool, False where a row has padding; None when there is none.
+    visible_BLL: which new tokens each new token sees, itself included, when they
+      form a tree; a token's position is then its depth. None: a chain.
   """
   is_valid_BL = jnp.ones(tokens_BL.shape, bool) if valid_BL is None else valid_BL.astype(bool)
-  counted_BL = jnp.cumsum(is_valid_BL, axis=1, dtype=jnp.int32)
+  if visible_BLL is None:
+    counted_BL = jnp.cumsum(is_valid_BL, axis=1, dtype=jnp.int32)
+  else:
+    counted_BL = visible_BLL.sum(axis=-1, dtype=jnp.int32)
   positions_BL = jnp.maximum(caches.count_tokens(cache)[:, None] + counted_BL - 1, 0)
-  return AttentionInputs(positions_BL, is_valid_BL.astype(jnp.int32))
+  return AttentionInputs(positions_BL, is_valid_BL.astype(jnp.int32), visible_BLL)
 
 
 class Transformer(nnx.Module):
@@ -221,7 +231,10 @@ class Transformer(nnx.Module):
     x_BLD, stored = run(x_BLD, start, stop, context, stored, key)
     if cache is None:
       return x_BLD, None
-    length = cache.length + x_BLD.shape[1]
+    segment_ids_BL = attention.segment_ids_BL
+    if segment_ids_BL is None:
+      segment_ids_BL = jnp.ones(x_BLD.shape[:2], jnp.int32)
+    length = caches.advance(cache.length, segment_ids_BL)
     return x_BLD, cache._replace(keys=stored[0], values=stored[1], length=length)
 
   def _check_range(self, start: int, stop: int | None, length: int, cache: KVCache | None) -> int:
@@ -247,7 +260,7 @@ class Transformer(nnx.Module):
       return RowContext(rotation, segment_ids_BL), None
     written_BL = jnp.ones(shape, jnp.int32) if segment_ids_BL is None else segment_ids_BL
     segment_ids_BS = caches.mark_rows(cache, written_BL)
-    mask = cache_mask(written_BL, segment_ids_BS, cache.length)
+    mask = cache_mask(written_BL, segment_ids_BS, cache.length, attention.visible_BLL)
     cache = cache._replace(segment_ids_BS=segment_ids_BS)
     return RowContext(rotation, segment_ids_BL, mask, cache.length), cache
 
@@ -333,6 +346,7 @@ class Transformer(nnx.Module):
     *,
     start: int = 0,
     stop: int | None = None,
+    uneven: bool = False,
   ) -> KVCache:
     """Makes an empty cache of `length` slots for blocks `start` to `stop` (exclusive).
 
@@ -342,46 +356,79 @@ class Transformer(nnx.Module):
       dtype: storage type; the compute type when None.
       start: first block.
       stop: block to stop before; None: to the end.
+      uneven: whether every row has a free end of its own; see `KVCache`.
     """
     spec = self.spec
     stop = self._check_range(start, stop, 0, None)
     sizes = (stop - start, batch, length, spec.num_kv_heads, spec.head_dim)
-    return caches.make_cache(*sizes, dtype or spec.dtype, spec.layers == "scan")
+    return caches.make_cache(*sizes, dtype or spec.dtype, spec.layers == "scan", uneven)
+
+  def fork(self, cache: KVCache, rows_B: jax.Array) -> KVCache:
+    """Returns a cache whose row b continues row `rows_B[b]` of `cache`; any number of rows."""
+    return caches.take_rows(cache, rows_B)
+
+  def rollback(self, cache: KVCache, length: jax.Array) -> KVCache:
+    """Forgets all but the first `length` slots (scalar, or [B] for an uneven cache)."""
+    return caches.rollback(cache, length)
+
+  def keep_path(self, cache: KVCache, start_B: jax.Array, offsets_BA: jax.Array) -> KVCache:
+    """Keeps one path of a tree of tokens read from slot `start_B` on; see `nr.models.cache.keep_path`."""
+    return caches.keep_path(cache, start_B, offsets_BA)
 
   def extend_hidden(
     self,
     tokens_BL: jax.Array,
     cache: KVCache,
     valid_BL: jax.Array | None = None,
-  ) -> tuple[jax.Array, KVCache]:
+    *,
+    visible_BLL: jax.Array | None = None,
+    taps: tuple[int, ...] = (),
+  ) -> tuple[jax.Array, KVCache] | tuple[jax.Array, KVCache, dict[int, jax.Array]]:
     """Reads L more tokens behind those in the cache.
 
     Any way of cutting a sequence into calls gives the same hidden states as one
-    call. Rows may be padded on the left: positions count valid tokens only.
+    call. Rows may be padded on the left, or on the right of an uneven cache:
+    positions count valid tokens only.
 
     Args:
       tokens_BL: int32 token ids; any L, also 1.
       cache: of all blocks, with at least L free slots.
       valid_BL: bool, False where a row has padding; None when there is none.
+      visible_BLL: bool [B or 1, L, L], which new tokens each new token sees, itself
+        included, when they form a tree of drafts; None: all earlier ones.
+      taps: blocks whose input is asked for as well, increasing.
 
     Returns:
-      Final-normed hidden states [B, L, D] (finite and meaningless at padding), and the cache.
+      Final-normed hidden states [B, L, D] (finite and meaningless at padding), and
+      the cache; with `taps` also {block: final-normed stream [B, L, D] that enters it}.
     """
-    attention = continued_rows(tokens_BL, cache, valid_BL)
+    attention = continued_rows(tokens_BL, cache, valid_BL, visible_BLL)
     x_BLD = self.embed(tokens_BL, attention.positions_BL)
-    x_BLD, cache = self.run_blocks(x_BLD, attention=attention, cache=cache)
-    return self.final_norm(x_BLD), cache
+    if not taps:
+      x_BLD, cache = self.run_blocks(x_BLD, attention=attention, cache=cache)
+      return self.final_norm(x_BLD), cache
+    tapped, pieces = {}, []
+    bounds = (0, *taps, self.spec.num_layers)
+    for start, stop in zip(bounds, bounds[1:]):
+      piece = caches.take_layers(cache, start, stop)
+      x_BLD, piece = self.run_blocks(x_BLD, start, stop, attention=attention, cache=piece)
+      pieces.append(piece)
+      if stop in taps:
+        tapped[stop] = self.final_norm(x_BLD)
+    return self.final_norm(x_BLD), caches.join_layers(pieces), tapped
 
   def extend(
     self,
     tokens_BL: jax.Array,
     cache: KVCache,
     valid_BL: jax.Array | None = None,
+    *,
+    visible_BLL: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache]:
     """As `extend_hidden`, but returns float32 logits [B, L, V] of every new row.
 
     For a long prompt whose last row alone matters, `extend_hidden` and `logits`
     of that row spare [B, L, V].
     """
-    x_BLD, cache = self.extend_hidden(tokens_BL, cache, valid_BL)
+    x_BLD, cache = self.extend_hidden(tokens_BL, cache, valid_BL, visible_BLL=visible_BLL)
     return self.logits(x_BLD), cache

@@ -285,6 +285,9 @@ class Chain(Transform):
     return Chain(tuple(each.prepared() for each in _flatten(self.transforms) if not each.is_off()))
 
 
+IDENTITY = Chain()
+
+
 def chain(*transforms: Transform) -> Chain:
   """Composes transforms, the first one applied first. `chain()` is the identity."""
   for each in transforms:

@@ -201,6 +201,12 @@ class Network(LanguageModel):
     if self.intervene_on not in INTERVENE_ON:
       raise ValueError(unknown("intervene_on", self.intervene_on, INTERVENE_ON))
     model = self.model()
+    if self.intervention is not None:
+      shape = jnp.shape(self.intervention.active_BL)
+      if shape and (len(shape) != 2 or shape[1] != 1):
+        raise ValueError(f"intervention.active_BL has shape {shape}: give [] or [rows, 1] while generating")
+      if not hasattr(model, "concept_spec"):
+        raise ValueError(f"intervention: {type(model).__name__} has no concepts to edit; leave it out")
     if self.taps and not hasattr(model, "run_blocks"):
       raise ValueError(f"taps={self.taps}: {type(model).__name__} offers no early exits; leave taps empty")
     if any(not 0 < block < self.spec.num_layers for block in self.taps) or list(self.taps) != sorted(
@@ -255,11 +261,14 @@ class Network(LanguageModel):
     return model.rollback(model.keep_path(cache, start_B, offsets_BA), start_B + kept_B)
 
   def take(self, rows_B: jax.Array) -> Self:
-    """Gathers the rows of the intervention."""
-    if self.intervention is None or jnp.ndim(self.intervention.active_BL) == 0:
+    """Gathers the rows of the intervention, where it differs between rows."""
+    if self.intervention is None:
       return self
-    active_BL = jnp.take(self.intervention.active_BL, rows_B, axis=0)
-    return dataclasses.replace(self, intervention=self.intervention._replace(active_BL=active_BL))
+
+    def gather(leaf: jax.Array) -> jax.Array:
+      return jnp.take(leaf, rows_B, axis=0) if jnp.ndim(leaf) == 2 and leaf.shape[0] > 1 else leaf
+
+    return dataclasses.replace(self, intervention=jax.tree.map(gather, self.intervention))
 
 
 class MarkovCache(NamedTuple):

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nr.generation.transforms.algebra import Context
 
@@ -40,7 +41,7 @@ class Stop:
         above `max_new_tokens`, loop detection that compares nothing.
     """
     ids_E = None
-    if self.ids_E is not None and jnp.size(self.ids_E):
+    if self.ids_E is not None and np.size(self.ids_E):
       ids_E = jnp.asarray(self.ids_E, jnp.int32).reshape(-1)
       if bool((ids_E < 0).any() | (ids_E >= vocab_size).any()):
         raise ValueError(f"stop ids {ids_E.tolist()}: give ids in 0..{vocab_size - 1}")

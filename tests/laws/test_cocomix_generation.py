@@ -14,7 +14,8 @@ from cocomix_models import (
   stream_at_insertion,
 )
 
-from nr.generation.sampling import generate
+from nr.generation.language_models import Network
+from nr.generation.sample import sample
 from nr.models.concept_intervention import concept_intervention
 from nr.models.parameters import split
 
@@ -50,8 +51,8 @@ def test_25_greedy_text_is_the_same_without_a_cache(mode, layers):
   tokens = jnp.pad(prompts, ((0, 0), (0, 8)))  # causal, so that what follows does not matter
   for position in range(5, 13):
     tokens = tokens.at[:, position].set(jnp.argmax(forward(tokens)[:, position - 1], axis=-1))
-  with_cache = generate(*split(model), prompts, max_new_tokens=8, temperature=0.0)
-  np.testing.assert_array_equal(with_cache.tokens_BN, tokens[:, 5:])
+  with_cache = sample(Network(*split(model)), prompts, max_new_tokens=8)
+  np.testing.assert_array_equal(with_cache.tokens_RN, tokens[:, 5:])
 
 
 @pytest.mark.parametrize("spec", [gpt2_spec(), llama_spec(layers="unroll")])
@@ -152,9 +153,8 @@ def test_27_steering_with_a_cache_equals_steering_without():
   np.testing.assert_allclose(logits, expected[:, 7:], atol=2e-5)
   # Only the tokens from which another is drawn: the last of the prompt and later ones.
   late = edit._replace(active_BL=jnp.arange(LENGTH + 3) >= LENGTH - 1)
-  drawn = generate(
-    *split(model), tokens, max_new_tokens=3, temperature=0.0, intervention=edit, intervene_on="generation"
-  )
-  text = jnp.concatenate([tokens, drawn.tokens_BN], axis=1)
+  network = Network(*split(model), intervention=edit, intervene_on="generation")
+  drawn = sample(network, tokens, max_new_tokens=3)
+  text = jnp.concatenate([tokens, drawn.tokens_RN], axis=1)
   greedy = jnp.argmax(model(text, intervention=late), axis=-1)
-  np.testing.assert_array_equal(drawn.tokens_BN, greedy[:, LENGTH - 1 : -1])
+  np.testing.assert_array_equal(drawn.tokens_RN, greedy[:, LENGTH - 1 : -1])

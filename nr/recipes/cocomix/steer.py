@@ -20,7 +20,11 @@ from tqdm import tqdm
 from nr.data.concept_labels import latent_counts
 from nr.data.tokenizers import load_tokenizer
 from nr.evaluation.statistics import bootstrap_ratio
-from nr.generation.sampling import generate
+from nr.generation.language_models import Network
+from nr.generation.sample import sample
+from nr.generation.stopping import Stop
+from nr.generation.transforms.algebra import chain
+from nr.generation.transforms.temperature import Temperature
 from nr.models import parameters
 from nr.models.concept_intervention import ConceptIntervention, concept_intervention
 from nr.objectives.language_modeling import token_nll
@@ -170,23 +174,21 @@ def measure(
   """Steers the student on all prompts at once; the strength is traced, so a sweep compiles once."""
   student, baseline = models["student"], models["baseline"]
   kl_P, log_ratio_V = next_token_shift(student.graphdef, student.params, prompts_PL, edit)
-  continued = generate(
-    student.graphdef,
-    student.params,
+  network = Network(student.graphdef, student.params, intervention=edit, intervene_on="generation")
+  continued = sample(
+    network,
     prompts_PL,
     key=jax.random.key(seed),
+    chain=chain(Temperature(config.temperature)),
     max_new_tokens=config.new_tokens,
-    temperature=config.temperature,
-    end_of_text_id=tokenizer.end_of_text_id,
-    intervention=edit,
-    intervene_on="generation",
+    stop=Stop(ids_E=[tokenizer.end_of_text_id]),
   )
   nll_P = continuation_nll(
-    baseline.graphdef, baseline.params, prompts_PL, continued.tokens_BN, continued.lengths_B
+    baseline.graphdef, baseline.params, prompts_PL, continued.tokens_RN, continued.lengths_R
   )
-  lengths_P = np.asarray(continued.lengths_B)
+  lengths_P = np.asarray(continued.lengths_R)
   texts = [
-    tokenizer.decode(row[:length].tolist()) for row, length in zip(np.asarray(continued.tokens_BN), lengths_P)
+    tokenizer.decode(row[:length].tolist()) for row, length in zip(np.asarray(continued.tokens_RN), lengths_P)
   ]
   return Steered(np.asarray(kl_P), np.asarray(nll_P), lengths_P, texts, np.asarray(log_ratio_V))
 

@@ -36,7 +36,11 @@ CORE = [
 EXTRAS = {
   "text": ["tokenizers", "pyarrow", "jinja2"],
   "hub": ["safetensors", "huggingface-hub", "datasets", "gguf"],
-  "test": ["pytest>=8", "chex", "tensorboard", "safetensors", "gguf", "tokenizers", "pyarrow", "jinja2"],
+  "constraints": ["outlines-core>=0.2.14", "llguidance>=1.9"],
+  "test": [
+    "pytest>=8", "chex", "tensorboard", "safetensors", "gguf", "tokenizers", "pyarrow", "jinja2",
+    "outlines-core>=0.2.14", "llguidance>=1.9",
+  ],  # fmt: skip
   "lint": ["ruff>=0.14", "import-linter>=2"],
   "oracles": ["torch>=2.13", "transformers>=5.23"],
   "tpu": ["jax[tpu]"],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from nr.data.bad_records import DataError
 from nr.data.tokenizers import END_OF_TEXT, Tokenizer
-from nr.tokenizer_files import fingerprint_of, save_files
+from nr.tokenizer_files import bytes_of_library_ids, fingerprint_of, save_files
 
 # Pieces that end a document in the families in use, most specific first.
 END_OF_TEXT_PIECES = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>")
@@ -101,6 +101,19 @@ class _LibraryTokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of ids; special ids such as end of text give nothing."""
     return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
+
+  def token_bytes(self) -> list[bytes | None]:
+    """Returns the UTF-8 bytes that each id spells inside a text; None for special ids.
+
+    Raises:
+      DataError: the tokenizer's decoder gives ids no bytes of their own.
+    """
+    try:
+      spelled = bytes_of_library_ids(self._tokenizer)
+    except ValueError as error:
+      raise DataError(str(error)) from error
+    spelled[self.end_of_text_id] = None
+    return spelled
 
   def save(self, path: str | pathlib.Path) -> None:
     """Writes the defining files, decompressed, and the settings into a folder."""
@@ -243,6 +256,13 @@ class Llama2CTokenizer:
       return b""
     byte = id - self.first_byte_id
     return bytes([byte]) if byte < 256 else self._pieces[id]
+
+  def token_bytes(self) -> list[bytes | None]:
+    """Returns the bytes that each id spells inside a text; None for control ids.
+
+    The first token of a text spells a space that `decode` takes off.
+    """
+    return [self._bytes(id) or None for id in range(self.vocab_size)]
 
   def save(self, path: str | pathlib.Path) -> None:
     """Writes tokenizer.bin and the settings into a folder."""

@@ -122,6 +122,22 @@ class SentencePieceTokenizer:
     """Returns the text of ids; control ids such as end of text give nothing."""
     return self._processor.decode([int(id) for id in ids])
 
+  def token_bytes(self) -> list[bytes | None]:
+    """Returns the UTF-8 bytes that each id spells inside a text; None for control ids and "unknown".
+
+    A model that puts a space in front of a text takes it off again when it decodes:
+    there the first piece of a text spells one space more than is seen.
+    """
+    return [None if id == self.end_of_text_id else self._bytes(id) for id in range(self.vocab_size)]
+
+  def _bytes(self, id: int) -> bytes | None:
+    if self._processor.is_control(id) or self._processor.is_unknown(id) or self._processor.is_unused(id):
+      return None
+    piece = self._processor.id_to_piece(id)
+    if self._processor.is_byte(id):
+      return bytes([int(piece[3:5], 16)])
+    return piece.replace(_SPACE_MARK, " ").encode("utf-8")
+
   def save(self, path: str | pathlib.Path) -> None:
     """Writes tokenizer.model and the settings into a folder."""
     files = {"tokenizer.model": self._model}

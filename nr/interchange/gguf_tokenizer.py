@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nr.interchange.gguf import GgufFile
-from nr.tokenizer_files import fingerprint_of, save_files
+from nr.tokenizer_files import bytes_of_library_ids, fingerprint_of, save_files
 
 # Token types of GGUF (gguf.TokenType).
 _CONTROL, _USER_DEFINED = 3, 4
@@ -83,6 +83,13 @@ class GgufTokenizer:
   def decode(self, ids: Sequence[int], *, use_special_tokens: bool = False) -> str:
     """Returns the text of ids; special tokens give nothing unless asked for."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not use_special_tokens)
+
+  def token_bytes(self) -> list[bytes | None]:
+    """Returns the UTF-8 bytes that each id spells inside a text; None for special ids."""
+    spelled = bytes_of_library_ids(self._tokenizer)
+    spelled += [None] * (self.vocab_size - len(spelled))
+    spelled[self.end_of_text_id] = None
+    return spelled
 
   def render_chat(
     self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True, **variables

@@ -9,17 +9,18 @@ row has ended. Parameters of the chain are traced: sweeping them compiles nothin
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nr.generation import decoding
-from nr.generation.language_models import LanguageModel, Outputs
+from nr.generation.language_models import LanguageModel
+from nr.generation.rows import Rows, advance, open_rows
 from nr.generation.samplers import Greedy, Gumbel, Sampler
-from nr.generation.stopping import LENGTH, RUNNING, Stop
-from nr.generation.transforms.algebra import IDENTITY, Chain, Context, Transform
+from nr.generation.stopping import RUNNING, Stop
+from nr.generation.transforms.algebra import IDENTITY, Context, Transform
 
 
 class Generation(NamedTuple):
@@ -42,20 +43,6 @@ class Generation(NamedTuple):
   transformed_log_probs_RN: jax.Array
   finish_R: jax.Array
   calls: jax.Array
-
-
-class _Loop(NamedTuple):
-  """Carry of the loop. The last token of each row has been drawn but not read."""
-
-  step: jax.Array
-  cache: Any
-  context: Context
-  state: Any
-  stop_states_R: jax.Array
-  finish_R: jax.Array
-  last_R: jax.Array
-  log_probs_RN: jax.Array
-  transformed_RN: jax.Array
 
 
 def sample(
@@ -107,88 +94,34 @@ def sample(
     raise ValueError(f"stream_every={stream_every}: give at least 1")
   stop = (stop or Stop()).prepared(batch, max_new_tokens, model.vocab_size)
   keys_R = decoding.row_keys(key, row_ids_B, batch, num_samples)
-  loop = _start(model, law, sampler, stop, prompts_BP, valid_BP, keys_R, max_new_tokens, num_samples)
+  rows = _start(model, law, sampler, stop, prompts_BP, valid_BP, keys_R, max_new_tokens, num_samples)
   rows_R = jnp.repeat(jnp.arange(batch), num_samples)
   model, law, stop = (each.take(rows_R) for each in (model, law, stop))
   if on_tokens is None:
-    return _read(_advance(model, law, sampler, stop, loop, max_new_tokens), stop, max_new_tokens)
-  on_tokens(_read(loop, stop, max_new_tokens))
-  for until in range(1 + stream_every, max_new_tokens + stream_every, stream_every):
-    if not bool((loop.finish_R == RUNNING).any()):
+    return read(advance(model, law, sampler, stop, rows, max_new_tokens), stop)
+  on_tokens(read(rows, stop))
+  for until in range(stream_every, max_new_tokens - 1 + stream_every, stream_every):
+    if not bool((rows.finish_R == RUNNING).any()):
       break
-    loop = _advance(model, law, sampler, stop, loop, min(until, max_new_tokens))
-    on_tokens(_read(loop, stop, max_new_tokens))
-  return _read(loop, stop, max_new_tokens)
+    rows = advance(model, law, sampler, stop, rows, min(until, max_new_tokens))
+    on_tokens(read(rows, stop))
+  return read(rows, stop)
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "num_samples"))
 def _start(model, law, sampler, stop, prompts_BP, valid_BP, keys_R, max_new_tokens, num_samples):
   """Reads the prompts and draws the first token of every row."""
-  batch = prompts_BP.shape[0]
   begun = decoding.begin(model, law, prompts_BP, valid_BP, keys_R, max_new_tokens, num_samples=num_samples)
-  rows_R = jnp.repeat(jnp.arange(batch), num_samples)
-  law, stop = law.take(rows_R), stop.take(rows_R)
-  empty_RN = jnp.zeros((rows_R.shape[0], max_new_tokens))
-  loop = _Loop(
-    step=jnp.int32(0),
-    cache=begun.cache,
-    context=begun.context,
-    state=begun.state,
-    stop_states_R=stop.init(rows_R.shape[0]),
-    finish_R=jnp.where(stop.limits_B > 0, RUNNING, LENGTH).astype(jnp.int32),
-    last_R=jnp.zeros(rows_R.shape, jnp.int32),
-    log_probs_RN=empty_RN,
-    transformed_RN=empty_RN,
-  )
-  return _draw(law, sampler, stop, loop, begun.outputs)
+  rows_R = jnp.repeat(jnp.arange(prompts_BP.shape[0]), num_samples)
+  return open_rows(law.take(rows_R), sampler, stop.take(rows_R), begun, max_new_tokens)
 
 
-@functools.partial(jax.jit, donate_argnames=("loop",))
-def _advance(model, law, sampler, stop, loop, until):
-  """Reads and draws until every row has ended or `until` tokens were drawn."""
-
-  def is_open(loop: _Loop) -> jax.Array:
-    return (loop.step < until) & (loop.finish_R == RUNNING).any()
-
-  def advance(loop: _Loop) -> _Loop:
-    outputs, cache = model.extend(loop.last_R[:, None], loop.cache, read_B=jnp.zeros_like(loop.last_R))
-    return _draw(law, sampler, stop, loop._replace(cache=cache), outputs)
-
-  return jax.lax.while_loop(is_open, advance, loop)
-
-
-def _draw(law: Chain, sampler: Sampler, stop: Stop, loop: _Loop, outputs: Outputs) -> _Loop:
-  """Draws one token a row and says which rows end with it."""
-  is_running_R = loop.finish_R == RUNNING
-  formed = decoding.form_law(law, loop.state, outputs, loop.context)
-  tokens_R = sampler.draw(formed.transformed_BV, formed.context)
-  state, context = decoding.commit(law, loop.state, formed, tokens_R, is_running_R)
-  finish_R, stop_states_R = stop.advance(loop.stop_states_R, tokens_R, context, formed.is_broken_B)
-
-  def record(stored_RN: jax.Array, log_probs_RV: jax.Array) -> jax.Array:
-    values_R = jnp.where(is_running_R, decoding.chosen(log_probs_RV, tokens_R), 0.0)
-    return jax.lax.dynamic_update_slice(stored_RN, values_R[:, None], (0, loop.step))
-
-  return _Loop(
-    step=loop.step + 1,
-    cache=loop.cache,
-    context=context,
-    state=state,
-    stop_states_R=jnp.where(is_running_R, stop_states_R, loop.stop_states_R),
-    finish_R=jnp.where(is_running_R, finish_R, loop.finish_R),
-    last_R=tokens_R,
-    log_probs_RN=record(loop.log_probs_RN, formed.log_probs_BV),
-    transformed_RN=record(loop.transformed_RN, formed.transformed_BV),
-  )
-
-
-@functools.partial(jax.jit, static_argnames="max_new_tokens")
-def _read(loop: _Loop, stop: Stop, max_new_tokens: int) -> Generation:
-  """Reads the result out of the carry."""
-  tokens_RN = generated_tokens(loop.context, max_new_tokens, stop.filler)
-  lengths_R = loop.context.generated_B
-  values = (loop.log_probs_RN, loop.transformed_RN)
-  return Generation(tokens_RN, lengths_R, *values, loop.finish_R, loop.step - 1)
+@jax.jit
+def read(rows: Rows, stop: Stop) -> Generation:
+  """Returns what rows have generated so far."""
+  tokens_RN = generated_tokens(rows.context, rows.log_probs_RN.shape[1], stop.filler)
+  values = (rows.log_probs_RN, rows.transformed_log_probs_RN)
+  return Generation(tokens_RN, rows.context.generated_B, *values, rows.finish_R, rows.calls)
 
 
 def generated_tokens(context: Context, max_new_tokens: int, filler: jax.Array) -> jax.Array:

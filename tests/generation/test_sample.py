@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nr.generation import rows
 from nr.generation import sample as driver
 from nr.generation.decoding import pad_prompts
 from nr.generation.language_models import Network, Stream, WithStreams
@@ -111,7 +112,7 @@ def test_one_device_and_eight_draw_the_same(kind):
   network, key = toy.tiny_network(kind, num_heads=2), jax.random.key(3)
   prompts = pad_prompts(toy.random_prompts([4, 6, 8, 3]))
   alone = sample(network, *prompts, key, chain=chain(Scale(1.3)), max_new_tokens=5, num_samples=2)
-  mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+  mesh = sharding.make_mesh(dict(data=4, fsdp=1, tensor=2, sequence=1))
   axes = sharding_axes(network)
   with sharding.context(mesh):
     params = jax.device_put(network.params, sharding.shardings(axes, mesh, network.params))
@@ -190,8 +191,8 @@ def test_sweeping_parameters_and_row_values_compiles_once():
       stop=Stop(ids_E=[index]),
     )
     if index == 0:
-      start, advance = driver._start._cache_size(), driver._advance._cache_size()
-  assert (driver._start._cache_size(), driver._advance._cache_size()) == (start, advance)
+      start, advance = driver._start._cache_size(), rows.advance._cache_size()
+  assert (driver._start._cache_size(), rows.advance._cache_size()) == (start, advance)
 
 
 def test_per_row_parameters_act_on_their_rows():

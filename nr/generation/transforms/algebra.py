@@ -147,12 +147,19 @@ class Transform:
 
   def take(self, rows_B: jax.Array) -> Self:
     """Returns the transform with its per-row parameters gathered; scalars and tables stay."""
-    taken = {
-      name: jnp.take(value, rows_B, axis=0)
+    return self.map_rows(lambda value: jnp.take(value, rows_B, axis=0) if jnp.ndim(value) else value)
+
+  def map_rows(self, change: Callable[..., jax.Array], *others: Self) -> Self:
+    """Returns it with `change` applied to each numeric parameter, and to those of `others` beside it."""
+    changed = {
+      name: change(value, *(getattr(other, name) for other in others))
       for name, value in self.row_parameters().items()
-      if jnp.ndim(value) > 0
     }
-    return dataclasses.replace(self, **taken)
+    return dataclasses.replace(self, **changed)
+
+  def spread(self, batch: int) -> Self:
+    """Returns it with every numeric parameter as [B]."""
+    return self.map_rows(lambda value: jnp.broadcast_to(value, (batch,)))
 
   def row_parameters(self) -> dict[str, Parameter]:
     """Returns the numeric parameters by name, those set to None left out."""
@@ -271,6 +278,13 @@ class Chain(Transform):
   def take(self, rows_B: jax.Array) -> Self:
     """Gathers the per-row parameters of all."""
     return Chain(tuple(each.take(rows_B) for each in self.transforms))
+
+  def map_rows(self, change: Callable[..., jax.Array], *others: Self) -> Self:
+    """Applies `change` to the numeric parameters of all."""
+    beside = zip(*(other.transforms for other in others)) if others else ((),) * len(self.transforms)
+    return Chain(
+      tuple(each.map_rows(change, *rest) for each, rest in zip(self.transforms, beside, strict=True))
+    )
 
   def row_parameters(self) -> dict[str, Parameter]:
     """Returns the parameters of all, as "position.transform.parameter"."""

@@ -192,13 +192,13 @@ def _resample(
   is_open_B = (loop.rows.finish_R == RUNNING).reshape(batch, size).any(axis=1)
   # A prompt with a running particle has weight: those that lose theirs have ended.
   is_due_B = is_open_B & (sizes_B < threshold_B * size)
-  fold = jax.vmap(jax.random.fold_in, (0, None))
-  parents_BK = resampling.SCHEMES[scheme](loop.log_weights_BK, fold(fold(keys_B, loop.step), RESAMPLING))
-  parents_BK = jnp.where(is_due_B[:, None], parents_BK, jnp.arange(size))
-  rows_R = (jnp.arange(batch)[:, None] * size + parents_BK).reshape(-1)
 
   def gather(moving: tuple[Any, Rows]) -> tuple[Any, Rows]:
     cache, rows = moving
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    parents_BK = resampling.SCHEMES[scheme](loop.log_weights_BK, fold(fold(keys_B, loop.step), RESAMPLING))
+    parents_BK = jnp.where(is_due_B[:, None], parents_BK, jnp.arange(size))
+    rows_R = (jnp.arange(batch)[:, None] * size + parents_BK).reshape(-1)
     return model.fork(cache, rows_R), rows.take(rows_R)
 
   cache, rows = jax.lax.cond(is_due_B.any(), gather, lambda moving: moving, (loop.cache, loop.rows))

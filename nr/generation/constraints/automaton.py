@@ -261,3 +261,7 @@ class Constrain(Transform):
   def commit(self, state: jax.Array, tokens_B: jax.Array, context: Context) -> jax.Array:
     """Returns the states after the tokens."""
     return self._step(state, tokens_B)
+
+  def is_complete(self, state: jax.Array) -> jax.Array:
+    """Returns bool [B], the rows whose text may end where it is."""
+    return self.automaton.is_accepting(state)

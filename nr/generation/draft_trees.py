@@ -93,14 +93,15 @@ class DraftTree:
     return (self.paths[:, :, None] == np.arange(self.size + 1)).any(axis=1)
 
   @functools.cached_property
+  def ranks(self) -> np.ndarray:
+    """Place [N] of each of nodes 1..N among the children of its parent, from 0."""
+    parents = np.array(self.parents, int)
+    return np.arange(self.size) - np.searchsorted(parents, parents)
+
+  @functools.cached_property
   def siblings(self) -> list[np.ndarray]:
-    """Nodes by their rank among the children of their parent: all first ones, all second ones, ..."""
-    ranks, seen = [], {}
-    for parent in self.parents:
-      seen[parent] = seen.get(parent, -1) + 1
-      ranks.append(seen[parent])
-    ranks = np.array(ranks, int)
-    return [np.flatnonzero(ranks == rank) + 1 for rank in range(max(seen.values(), default=-1) + 1)]
+    """Nodes by their rank: all first children, all second ones, ..."""
+    return [np.flatnonzero(self.ranks == rank) + 1 for rank in range(self.ranks.max(initial=-1) + 1)]
 
   @functools.cached_property
   def levels(self) -> list[np.ndarray]:

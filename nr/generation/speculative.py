@@ -18,7 +18,7 @@ import numpy as np
 
 from nr.generation import decoding
 from nr.generation.draft_trees import DraftLaws, DraftTree, draft_laws
-from nr.generation.drafters import Drafter, Emission, Proposal
+from nr.generation.drafters import Drafter, Emission, Proposal, Request
 from nr.generation.language_models import LanguageModel, Outputs
 from nr.generation.sample import generated_tokens
 from nr.generation.stopping import LENGTH, RUNNING, Stop
@@ -146,7 +146,7 @@ def speculative(
   if key is None and rule != "greedy":
     raise ValueError(f"key: rule={rule!r} draws at random; give a random key, or rule='greedy'")
   _check_tokenizers(model, drafter, fingerprints)
-  drafter = drafter.prepared(model, law, prompts_BP, max_new_tokens)
+  drafter = drafter.prepared(model, Request(law, prompts_BP, max_new_tokens, rule == "greedy"))
   batch = prompts_BP.shape[0]
   stop = (stop or Stop()).prepared(batch, max_new_tokens, model.vocab_size)
   keys_R = decoding.row_keys(key, row_ids_B, batch, num_samples)

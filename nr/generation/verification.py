@@ -93,7 +93,8 @@ def block_outcomes(
   weights_BM = jnp.concatenate([first_B[None], weights_NB]).T
   residual_BMV = jnp.maximum(weights_BM[..., None] * p_BMV - q_BMV, 0)
   mass_BM = residual_BMV.sum(axis=-1)
-  total_BM = mass_BM + 1 - weights_BM
+  # 1 - w first: it is exactly 0 where w is 1, and the quotient then exactly 1.
+  total_BM = mass_BM + (1 - weights_BM)
   # Both are 0 only where w = 1 and p = q: the prefix is accepted, as every longer one.
   hold_BM = jnp.where(total_BM > 0, mass_BM / jnp.where(total_BM > 0, total_BM, 1.0), 1.0)
   hold_BM = hold_BM.at[:, 0].set(1.0)

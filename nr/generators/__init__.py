@@ -1,0 +1,1 @@
+"""Where text comes from: models on disk, ready to be decoded."""

@@ -1,0 +1,214 @@
+"""Opens any checkpoint for decoding: a network, its tokenizer, and what a prompt begins with."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nr import names
+from nr.data.tokenizers import load_tokenizer
+from nr.generation.language_models import Network
+from nr.models import parameters
+from nr.models.transformer import TransformerSpec
+from nr.training import artifacts, model_files
+from nr.training.storage import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+class Checkpoint(NamedTuple):
+  """A model that can be decoded.
+
+  Attributes:
+    name: path it was read from.
+    network: parameters on the device, in the layout that decodes fastest.
+    tokenizer: with encode, decode, vocab_size, end_of_text_id, fingerprint, token_bytes.
+    begin_ids: token ids that stand before a prompt.
+    spec: settings of the model.
+  """
+
+  name: str
+  network: Network
+  tokenizer: Any
+  begin_ids: tuple[int, ...]
+  spec: Any
+
+
+def open_checkpoint(
+  path: str | pathlib.Path,
+  *,
+  tokenizer: str | pathlib.Path | None = None,
+  model: str | None = None,
+  dtype: str = "float32",
+  layers: str | None = None,
+) -> Checkpoint:
+  """Opens a model of any kind that the house reads.
+
+  Args:
+    path: a run directory (with manifest.json), a model folder inside one, a folder
+      in Hugging Face's format, a .gguf file, or llama2.c's .bin.
+    tokenizer: file or folder, where it does not lie beside the model.
+    model: which model of a run directory, by its path inside it.
+    dtype: compute and storage type of the parameters.
+    layers: "scan" or "unroll"; None: unrolled on CPU, where it decodes about twice
+      as fast, else stacked.
+
+  Raises:
+    ValueError: nothing that is known lies there, or a tokenizer that is not the
+      model's; names what to give instead.
+    CheckpointError: damaged files.
+  """
+  path = pathlib.Path(path).expanduser()
+  if not path.exists():
+    raise ValueError(
+      f"checkpoint={str(path)!r}: no such file or folder; give a run directory, model folder or file"
+    )
+  layers = layers or ("unroll" if jax.default_backend() == "cpu" else "scan")
+  settings = dict(dtype=dtype, param_dtype=dtype, layers=layers)
+  if path.suffix == ".gguf":
+    found = _open_gguf(path, tokenizer, settings)
+  elif path.is_file() and path.suffix == ".bin":
+    found = _open_llama2c(path, tokenizer, settings)
+  elif (path / "config.json").is_file() and not (path / MANIFEST).is_file():
+    found = _open_huggingface(path, tokenizer, settings)
+  else:
+    found = _open_ours(path, tokenizer, model, settings)
+  if found.tokenizer.vocab_size > found.network.vocab_size:
+    raise ValueError(
+      f"{path}: its tokenizer has {found.tokenizer.vocab_size} ids and the model {found.network.vocab_size}; "
+      "give the tokenizer that the model was trained with"
+    )
+  return found
+
+
+def make_network(spec: Any, params: Any) -> Network:
+  """Returns a network from a spec and parameters in either layout, in the layout of the spec."""
+  if model_files.layout_of(spec) == "unroll":
+    params = parameters.unstack_layers(params)
+  else:
+    params = parameters.stack_layers(params)
+  return Network(model_files.graphdef_of(spec), jax.tree.map(jnp.asarray, params))
+
+
+def _with_settings(spec: Any, settings: dict) -> Any:
+  import dataclasses
+
+  if isinstance(spec, model_files.ConceptMixingModelSpec):
+    return dataclasses.replace(spec, transformer=dataclasses.replace(spec.transformer, **settings))
+  return dataclasses.replace(spec, **settings)
+
+
+def _open_gguf(path: pathlib.Path, tokenizer: Any, settings: dict) -> Checkpoint:
+  from nr.interchange.gguf import GgufFile, load_gguf
+  from nr.interchange.gguf_tokenizer import GgufTokenizer
+
+  file = GgufFile(path)
+  spec, params = load_gguf(file, **settings)
+  own = GgufTokenizer(file) if tokenizer is None else load_tokenizer(tokenizer)
+  begin = getattr(own, "begin_of_text_id", None)
+  begin_ids = (begin,) if begin is not None and getattr(own, "adds_begin_of_text", False) else ()
+  return Checkpoint(str(path), make_network(spec, params), own, begin_ids, spec)
+
+
+def _open_llama2c(path: pathlib.Path, tokenizer: Any, settings: dict) -> Checkpoint:
+  from nr.interchange.llama2c import load_llama2c
+
+  spec, params = load_llama2c(path, **settings)
+  if tokenizer is None:
+    beside = sorted(path.parent.glob("tok*.bin"))
+    if len(beside) != 1:
+      raise ValueError(f"{path}: {len(beside)} files tok*.bin lie beside it; name one with --tokenizer")
+    tokenizer = beside[0]
+  # llama2.c begins every text with id 1 (run.c, `generate`).
+  return Checkpoint(str(path), make_network(spec, params), load_tokenizer(tokenizer), (1,), spec)
+
+
+def _open_huggingface(folder: pathlib.Path, tokenizer: Any, settings: dict) -> Checkpoint:
+  from nr.interchange.huggingface import load_huggingface
+
+  spec, params = load_huggingface(folder, **settings)
+  config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  extra = folder / "tokenizer_config.json"
+  extra = json.loads(extra.read_text(encoding="utf-8")) if extra.is_file() else {}
+  end = config.get("eos_token_id")
+  end = end[0] if isinstance(end, list) else end
+  own = load_tokenizer(folder if tokenizer is None else tokenizer, end)
+  begin = config.get("bos_token_id")
+  begin_ids = (begin,) if extra.get("add_bos_token") and begin is not None else ()
+  return Checkpoint(str(folder), make_network(spec, params), own, begin_ids, spec)
+
+
+def _open_ours(path: pathlib.Path, tokenizer: Any, model: str | None, settings: dict) -> Checkpoint:
+  folder = _model_folder(path, model)
+  try:
+    params, metadata = artifacts.load_tree(folder)
+  except CheckpointError as error:
+    if (folder / "_CHECKPOINT_METADATA").exists() or (folder / "tree").is_dir():
+      raise
+    raise ValueError(
+      f"{folder} holds no model that is known: give a run directory, a model folder, a Hugging Face folder, "
+      "a .gguf file or llama2.c's .bin"
+    ) from error
+  if metadata.get("kind") not in ("transformer", "concept_mixing"):
+    raise ValueError(
+      names.unknown(f"{folder}: kind", str(metadata.get("kind")), ("transformer", "concept_mixing"))
+      + "; only language models generate text"
+    )
+  spec = _with_settings(model_files.KINDS[metadata["kind"]].from_dict(metadata["spec"]), settings)
+  dtype = spec.param_dtype if isinstance(spec, TransformerSpec) else spec.transformer.param_dtype
+  params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+  own = _our_tokenizer(folder, metadata["tokenizer"], tokenizer)
+  # Documents follow the end of the one before them.
+  return Checkpoint(str(folder), make_network(spec, params), own, (own.end_of_text_id,), spec)
+
+
+def _model_folder(path: pathlib.Path, model: str | None) -> pathlib.Path:
+  if not (path / MANIFEST).is_file():
+    return path if model is None else path / model
+  manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+  found = sorted(set(_models_of(manifest)))
+  if model is None and len(found) == 1:
+    return path / found[0]
+  if model not in found:
+    if model is None:
+      raise ValueError(f"{path} holds several models; choose one with --model: {', '.join(found)}")
+    raise ValueError(names.unknown("--model", model, found))
+  return path / model
+
+
+def _models_of(node: Any) -> list[str]:
+  """Returns the paths that stages have recorded under "model"."""
+  if isinstance(node, dict):
+    own = [node["model"]] if isinstance(node.get("model"), str) else []
+    return own + [path for value in node.values() for path in _models_of(value)]
+  if isinstance(node, list):
+    return [path for value in node for path in _models_of(value)]
+  return []
+
+
+def _our_tokenizer(folder: pathlib.Path, fingerprint: str, given: Any) -> Any:
+  candidates = [pathlib.Path(given)] if given is not None else _tokenizers_around(folder)
+  for candidate in candidates:
+    own = load_tokenizer(candidate)
+    if own.fingerprint == fingerprint:
+      return own
+  tried = ", ".join(map(str, candidates)) or "nothing"
+  raise ValueError(
+    f"{folder} was trained with tokenizer {fingerprint[:12]}; {tried} is not that one; "
+    "name its folder with --tokenizer"
+  )
+
+
+def _tokenizers_around(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns tokenizer folders of the run that a model belongs to, nearest first."""
+  from nr.tokenizer_files import SETTINGS_FILE
+
+  found = []
+  for parent in (folder, *folder.absolute().parents[:5]):
+    found += [path.parent for path in sorted(parent.glob(f"*/*/{SETTINGS_FILE}"))]
+    found += [path.parent for path in sorted(parent.glob(f"*/{SETTINGS_FILE}"))]
+    if (parent / MANIFEST).is_file():
+      break
+  return list(dict.fromkeys(found))

@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nr.models import cache as caches
+from nr.models.cache.base import View
+from nr.models.cache.storage import MASKED_SCORE
 from nr.models.layers import RMSNorm, drop
 from nr.models.parameters import parameter, zeros_parameter
 from nr.models.partitioning import constrain, target_platform
 from nr.models.transformer_spec import TransformerSpec
 
 QUERY_BLOCK = 128
-# Finite, so that a row with nothing to attend to stays finite.
-MASKED_SCORE = -1e30
 
 
 class AttentionInputs(NamedTuple):
@@ -179,52 +178,18 @@ def zero_padding(output_BLHK: jax.Array, segment_ids_BL: jax.Array | None) -> ja
   return jnp.where((segment_ids_BL != 0)[:, :, None, None], output_BLHK, 0)
 
 
-def cache_mask(
-  segment_ids_BL: jax.Array,
-  cache_segment_ids_BS: jax.Array,
-  slot: jax.Array,
-  visible_BLL: jax.Array | None = None,
-) -> jax.Array:
-  """Returns bool [B, 1, L, S]: which slots L new rows, written from `slot` on, may see.
-
-  Args:
-    segment_ids_BL: int32, of the new rows.
-    cache_segment_ids_BS: int32, of the slots, the new rows written.
-    slot: scalar, or [B] for an uneven cache.
-    visible_BLL: see `AttentionInputs`.
-  """
-  length = segment_ids_BL.shape[1]
-  # Slots counted from the first new row: [S] or [B, S].
-  offsets = jnp.arange(cache_segment_ids_BS.shape[1]) - slot[..., None]
-  if visible_BLL is None:
-    is_earlier = offsets[..., None, :] <= jnp.arange(length)[:, None]
-  else:
-    offsets_BS = jnp.broadcast_to(offsets, (visible_BLL.shape[0], offsets.shape[-1])) if offsets.ndim == 1 else offsets
-    visible_BLL = jnp.broadcast_to(visible_BLL, (offsets_BS.shape[0], *visible_BLL.shape[1:]))
-    nearest_BLS = jnp.broadcast_to(
-      jnp.clip(offsets_BS, 0, length - 1)[:, None], (offsets_BS.shape[0], length, offsets_BS.shape[1])
-    )
-    seen_BLS = jnp.take_along_axis(visible_BLL, nearest_BLS, axis=2)
-    is_new_BLS = (offsets_BS >= 0)[:, None] & (offsets_BS < length)[:, None]
-    is_earlier = jnp.where(is_new_BLS, seen_BLS, (offsets_BS < 0)[:, None])
-  is_same = segment_ids_BL[:, :, None] == cache_segment_ids_BS[:, None, :]
-  return (is_earlier & is_same)[:, None]
-
-
 class RowContext(NamedTuple):
   """What every block of one run shares, computed once before the blocks.
 
   Attributes:
     rotation: cosines and sines, or None for learned positions.
     segment_ids_BL: of the rows, or None.
-    mask: bool [B, 1, L, S] of the cache slots that are seen, or None without a cache.
-    slot: first slot to write (scalar, or [B] for an uneven cache), or None without a cache.
+    view: how the blocks read and write the cache, or None without one.
   """
 
   rotation: tuple[jax.Array, jax.Array] | None
   segment_ids_BL: jax.Array | None
-  mask: jax.Array | None = None
-  slot: jax.Array | None = None
+  view: View | None = None
 
 
 class HeadProjection(nnx.Module):
@@ -284,7 +249,7 @@ class SelfAttention(nnx.Module):
     self,
     x_BLD: jax.Array,
     context: RowContext,
-    stored: tuple[jax.Array, jax.Array] | None = None,
+    stored: tuple | None = None,
     layer: jax.Array | None = None,
     *,
     key: jax.Array | None = None,
@@ -294,7 +259,7 @@ class SelfAttention(nnx.Module):
     Args:
       x_BLD: normalised residual stream.
       context: what all blocks of this run share.
-      stored: cached keys and values, of this layer or (with `layer`) of all layers.
+      stored: what the cache stores, of this layer or (with `layer`) of all layers.
       layer: index into stacked `stored`.
       key: random key for dropout of attention weights; ignored with a cache.
 
@@ -313,11 +278,7 @@ class SelfAttention(nnx.Module):
         dropout_key=key,
       )
     else:
-      stored = tuple(
-        caches.write_rows(old, new, context.slot, layer) for old, new in zip(stored, (new_key, new_value))
-      )
-      keys, values = (caches.read_layer(array, layer).astype(query.dtype) for array in stored)
-      mixed = jax.nn.dot_product_attention(query, keys, values, mask=context.mask)
+      mixed, stored = context.view.attend(query, new_key, new_value, stored, layer)
       mixed = zero_padding(mixed, context.segment_ids_BL)
     mixed = constrain(mixed, "batch", "length", "activation_heads", None)
     return constrain(self.output(mixed), "batch", "length", "activation_embed"), stored

@@ -19,7 +19,7 @@ from flax import nnx
 
 from nr.models import cache as caches
 from nr.models.attention import AttentionInputs
-from nr.models.cache import KVCache
+from nr.models.cache import Cache, CacheSpec
 from nr.models.concept_head import ConceptPrediction, concept_logits, mix_concepts, predict_concepts
 from nr.models.concept_intervention import ConceptIntervention
 from nr.models.concept_mixing_spec import ConceptMixingSpec
@@ -64,8 +64,8 @@ class ConceptMixingCache(NamedTuple):
     upper: the other blocks, two slots a token where concepts have rows of their own.
   """
 
-  lower: KVCache
-  upper: KVCache
+  lower: Cache
+  upper: Cache
 
   @property
   def capacity(self) -> int:
@@ -74,7 +74,7 @@ class ConceptMixingCache(NamedTuple):
 
   @property
   def length(self) -> jax.Array:
-    """Number of tokens read, padding included; see `KVCache`."""
+    """Number of tokens read, padding included; see `Cache`."""
     return self.lower.length
 
 
@@ -294,14 +294,20 @@ class ConceptMixingTransformer(nnx.Module):
     return run_last_block(self.transformer, x_BLD, attention, key=key)
 
   def init_cache(
-    self, batch: int, length: int, dtype: Any = None, *, uneven: bool = False
+    self,
+    batch: int,
+    length: int,
+    dtype: Any = None,
+    *,
+    uneven: bool = False,
+    layout: CacheSpec | None = None,
   ) -> ConceptMixingCache:
-    """Makes an empty cache for `length` tokens a row, padding included; see `KVCache` for `uneven`."""
-    insert_at = self.concept_spec.insert_at
-    make = self.transformer.init_cache
+    """Makes an empty cache for `length` tokens a row, padding included; see `Transformer.init_cache`."""
+    insert_at, rows = self.concept_spec.insert_at, self._rows_per_token
+    make, settings = self.transformer.init_cache, dict(uneven=uneven, layout=layout)
     return ConceptMixingCache(
-      make(batch, length, dtype, start=0, stop=insert_at, uneven=uneven),
-      make(batch, self._rows_per_token * length, dtype, start=insert_at, uneven=uneven),
+      make(batch, length, dtype, start=0, stop=insert_at, **settings),
+      make(batch, rows * length, dtype, start=insert_at, rows_per_token=rows, **settings),
     )
 
   @property

@@ -18,11 +18,10 @@ from nr.models.attention import (
   AttentionInputs,
   RowContext,
   SelfAttention,
-  cache_mask,
   default_positions,
   rotary_angles,
 )
-from nr.models.cache import KVCache
+from nr.models.cache import Cache, CacheSizes, CacheSpec, KVCache
 from nr.models.layers import LayerNorm, Linear, Mlp, RMSNorm, drop, make_norm
 from nr.models.parameters import LAYERS, parameter
 from nr.models.partitioning import constrain
@@ -101,7 +100,7 @@ def rematerialise(function: Any, policy: str, *, is_scanned: bool) -> Any:
 
 def continued_rows(
   tokens_BL: jax.Array,
-  cache: KVCache,
+  cache: Cache,
   valid_BL: jax.Array | None,
   visible_BLL: jax.Array | None = None,
 ) -> AttentionInputs:
@@ -201,9 +200,9 @@ class Transformer(nnx.Module):
     stop: int | None = None,
     *,
     attention: AttentionInputs,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     key: jax.Array | None = None,
-  ) -> tuple[jax.Array, KVCache | None]:
+  ) -> tuple[jax.Array, Cache | None]:
     """Runs blocks `start` to `stop` (exclusive; None: to the end).
 
     Running a range in pieces, with the same key, equals running it at once.
@@ -226,7 +225,7 @@ class Transformer(nnx.Module):
     """
     stop = self._check_range(start, stop, x_BLD.shape[1], cache)
     context, cache = self._row_context(x_BLD.shape[:2], attention, cache)
-    stored = None if cache is None else (cache.keys, cache.values)
+    stored = None if cache is None else cache.stored
     run = self._scan_blocks if self.spec.layers == "scan" else self._unroll_blocks
     x_BLD, stored = run(x_BLD, start, stop, context, stored, key)
     if cache is None:
@@ -234,24 +233,21 @@ class Transformer(nnx.Module):
     segment_ids_BL = attention.segment_ids_BL
     if segment_ids_BL is None:
       segment_ids_BL = jnp.ones(x_BLD.shape[:2], jnp.int32)
-    length = caches.advance(cache.length, segment_ids_BL)
-    return x_BLD, cache._replace(keys=stored[0], values=stored[1], length=length)
+    return x_BLD, cache.finish(stored, segment_ids_BL)
 
-  def _check_range(self, start: int, stop: int | None, length: int, cache: KVCache | None) -> int:
+  def _check_range(self, start: int, stop: int | None, length: int, cache: Cache | None) -> int:
     num_layers = self.spec.num_layers
     stop = num_layers if stop is None else stop
     if not 0 <= start <= stop <= num_layers:
       raise ValueError(f"start={start}, stop={stop}: need 0 <= start <= stop <= num_layers={num_layers}")
     if cache is not None:
-      stacked = self.spec.layers == "scan"
-      count = cache.keys.shape[0] if stacked else len(cache.keys)
-      if count != stop - start:
-        raise ValueError(f"cache covers {count} blocks: start={start}, stop={stop} needs {stop - start}")
-      if length > cache.capacity:
-        raise ValueError(f"cache has {cache.capacity} slots: {length} rows need a longer one")
+      if cache.num_layers != stop - start:
+        needed = f"start={start}, stop={stop} needs {stop - start}"
+        raise ValueError(f"cache covers {cache.num_layers} blocks: {needed}")
+      cache.check_rows(length)
     return stop
 
-  def _row_context(self, shape: tuple[int, int], attention: AttentionInputs, cache: KVCache | None) -> tuple:
+  def _row_context(self, shape: tuple[int, int], attention: AttentionInputs, cache: Cache | None) -> tuple:
     rotation = None
     if self.spec.positions == "rotary":
       rotation = rotary_angles(attention.positions_BL, self.spec)
@@ -259,27 +255,25 @@ class Transformer(nnx.Module):
     if cache is None:
       return RowContext(rotation, segment_ids_BL), None
     written_BL = jnp.ones(shape, jnp.int32) if segment_ids_BL is None else segment_ids_BL
-    segment_ids_BS = caches.mark_rows(cache, written_BL)
-    mask = cache_mask(written_BL, segment_ids_BS, cache.length, attention.visible_BLL)
-    cache = cache._replace(segment_ids_BS=segment_ids_BS)
-    return RowContext(rotation, segment_ids_BL, mask, cache.length), cache
+    cache, view = cache.begin(attention.positions_BL, written_BL, attention.visible_BLL)
+    return RowContext(rotation, segment_ids_BL, view), cache
 
   def _unroll_blocks(self, x_BLD, start, stop, context, stored, key) -> tuple:
-    keys, values = ([], [])
+    layers = []
     for index in range(start, stop):
       graphdef, state = nnx.split(self.blocks[index])
 
       def step(state, x_BLD, layer_stored, layer_key, graphdef=graphdef):
         return nnx.merge(graphdef, state)(x_BLD, context, layer_stored, key=layer_key)
 
-      layer_stored = None if stored is None else (stored[0][index - start], stored[1][index - start])
+      layer_stored = None if stored is None else tuple(part[index - start] for part in stored)
       layer_key = None if key is None else jax.random.fold_in(key, index)
       step = rematerialise(step, self.spec.remat, is_scanned=False)
       x_BLD, layer_stored = step(state, x_BLD, layer_stored, layer_key)
-      if stored is not None:
-        keys.append(layer_stored[0])
-        values.append(layer_stored[1])
-    return x_BLD, (tuple(keys), tuple(values))
+      layers.append(layer_stored)
+    if stored is None or not layers:
+      return x_BLD, stored
+    return x_BLD, tuple(zip(*layers))
 
   def _scan_blocks(self, x_BLD, start, stop, context, stored, key) -> tuple:
     if start == stop:
@@ -347,7 +341,9 @@ class Transformer(nnx.Module):
     start: int = 0,
     stop: int | None = None,
     uneven: bool = False,
-  ) -> KVCache:
+    layout: CacheSpec | None = None,
+    rows_per_token: int = 1,
+  ) -> Cache:
     """Makes an empty cache of `length` slots for blocks `start` to `stop` (exclusive).
 
     Args:
@@ -357,33 +353,36 @@ class Transformer(nnx.Module):
       start: first block.
       stop: block to stop before; None: to the end.
       uneven: whether every row has a free end of its own; see `KVCache`.
+      layout: how rows are kept; a slot for each when None.
+      rows_per_token: rows of a token in these blocks.
     """
     spec = self.spec
     stop = self._check_range(start, stop, 0, None)
-    sizes = (stop - start, batch, length, spec.num_kv_heads, spec.head_dim)
-    return caches.make_cache(*sizes, dtype or spec.dtype, spec.layers == "scan", uneven)
+    heads = (spec.num_kv_heads, spec.head_dim)
+    sizes = CacheSizes(stop - start, batch, length, *heads, rows_per_token=rows_per_token)
+    return caches.make_cache(sizes, dtype or spec.dtype, spec.layers == "scan", uneven, layout)
 
-  def fork(self, cache: KVCache, rows_B: jax.Array) -> KVCache:
+  def fork(self, cache: Cache, rows_B: jax.Array) -> Cache:
     """Returns a cache whose row b continues row `rows_B[b]` of `cache`; any number of rows."""
     return caches.take_rows(cache, rows_B)
 
-  def rollback(self, cache: KVCache, length: jax.Array) -> KVCache:
+  def rollback(self, cache: Cache, length: jax.Array) -> Cache:
     """Forgets all but the first `length` slots (scalar, or [B] for an uneven cache)."""
     return caches.rollback(cache, length)
 
-  def keep_path(self, cache: KVCache, start_B: jax.Array, offsets_BA: jax.Array) -> KVCache:
+  def keep_path(self, cache: Cache, start_B: jax.Array, offsets_BA: jax.Array) -> Cache:
     """Keeps one path of a tree of tokens read from slot `start_B` on; see `nr.models.cache.keep_path`."""
     return caches.keep_path(cache, start_B, offsets_BA)
 
   def extend_hidden(
     self,
     tokens_BL: jax.Array,
-    cache: KVCache,
+    cache: Cache,
     valid_BL: jax.Array | None = None,
     *,
     visible_BLL: jax.Array | None = None,
     taps: tuple[int, ...] = (),
-  ) -> tuple[jax.Array, KVCache] | tuple[jax.Array, KVCache, dict[int, jax.Array]]:
+  ) -> tuple[jax.Array, Cache] | tuple[jax.Array, Cache, dict[int, jax.Array]]:
     """Reads L more tokens behind those in the cache.
 
     Any way of cutting a sequence into calls gives the same hidden states as one
@@ -420,11 +419,11 @@ class Transformer(nnx.Module):
   def extend(
     self,
     tokens_BL: jax.Array,
-    cache: KVCache,
+    cache: Cache,
     valid_BL: jax.Array | None = None,
     *,
     visible_BLL: jax.Array | None = None,
-  ) -> tuple[jax.Array, KVCache]:
+  ) -> tuple[jax.Array, Cache]:
     """As `extend_hidden`, but returns float32 logits [B, L, V] of every new row.
 
     For a long prompt whose last row alone matters, `extend_hidden` and `logits`

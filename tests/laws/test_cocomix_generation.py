@@ -75,8 +75,8 @@ def test_26_left_padding_changes_nothing(spec):
 def test_26_caches_hold_one_row_a_token_below_and_two_above():
   model = make_model(gpt2_spec(num_layers=4), concept_spec(insert_at=1))
   cache = model.init_cache(2, LENGTH)
-  assert cache.lower.keys.shape == (1, 2, LENGTH, 2, 8)
-  assert cache.upper.values.shape == (3, 2, 2 * LENGTH, 2, 8)
+  assert cache.lower.keys.shape == (1, 2, 2, LENGTH, 8)
+  assert cache.upper.values.shape == (3, 2, 2, 2 * LENGTH, 8)
   _, cache = model.extend_hidden(make_tokens(length=5), cache)
   assert (int(cache.lower.length), int(cache.upper.length)) == (5, 10)
 

@@ -25,12 +25,13 @@ def _outlines_core() -> Any:
 def byte_automaton(pattern: str) -> ByteAutomaton:
   """Returns the automaton over UTF-8 bytes of the texts that match a pattern as a whole.
 
-  The pattern is asked to end where the text ends. Without that, outlines-core 0.2.14
-  prefers alternatives in their order, and "a|ab" does not accept "ab".
+  outlines-core 0.2.14 prefers alternatives in their order: for it "a|ab" ends with
+  "a". So it is given the pattern with a mark behind, which no text holds, and a text
+  is accepted where the mark could follow.
 
   Args:
     pattern: in the syntax of Rust's crate regex; no look-around, no word boundaries.
-      A "^" in front is redundant and taken off.
+      "^" in front and "$" behind are redundant and taken off.
 
   Raises:
     ImportError: outlines-core is not installed.
@@ -40,7 +41,7 @@ def byte_automaton(pattern: str) -> ByteAutomaton:
   end = 256
   vocabulary = library.Vocabulary(end, {bytes([byte]): [byte] for byte in range(256)})
   try:
-    index = library.Index(rf"(?:{pattern.removeprefix('^')})\z", vocabulary)
+    index = library.Index(rf"(?:{_without_anchors(pattern)}){_MARK}", vocabulary)
   except ValueError as error:
     reason = str(error).strip().splitlines()[-1]
     if "incompatible with the regex" in reason:
@@ -61,9 +62,23 @@ def byte_automaton(pattern: str) -> ByteAutomaton:
     for byte, following in edges.items():
       if byte != end:
         next_SQ[number[name], byte] = number[following]
-  accepting_S = np.zeros(len(number), bool)
-  accepting_S[[number[name] for name in index.get_final_states()]] = True
-  return ByteAutomaton(next_SQ, accepting_S, number[first])
+  is_marked_S = np.zeros(len(number) + 1, bool)
+  is_marked_S[[number[name] for name in index.get_final_states()]] = True
+  behind_S = np.arange(len(number))
+  for byte in _MARK.encode("utf-8"):
+    behind_S = np.where(behind_S == DEAD, DEAD, next_SQ[behind_S, byte])
+  return ByteAutomaton(next_SQ, is_marked_S[behind_S], number[first])
+
+
+# The last code point, which Unicode promises never to assign.
+_MARK = "\U0010ffff"
+
+
+def _without_anchors(pattern: str) -> str:
+  pattern = pattern.removeprefix("^")
+  bare = pattern.removesuffix("$")
+  is_escaped = (len(bare) - len(bare.rstrip("\\"))) % 2 == 1
+  return pattern if is_escaped else bare
 
 
 def regex(

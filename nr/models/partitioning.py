@@ -48,6 +48,18 @@ def constrain(x: jax.Array, *logical_names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
+def shard_count(logical_name: str) -> int:
+  """Returns into how many pieces the current rules and mesh cut an axis of this name (1 without them).
+
+  Under `jit` this is known while tracing, so that a program can avoid what would gather a sharded axis.
+  """
+  rules = dict(spmd.get_logical_axis_rules())
+  mesh = jax.sharding.get_abstract_mesh()
+  if not rules or mesh.empty:
+    return 1
+  return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical_name, rules, mesh))
+
+
 def _mesh_axes(name: str | None, rules: dict, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
   if name is None:
     return ()

@@ -166,6 +166,42 @@ def test_llama2c_reproduces_the_ids_of_a_real_story(nr_data):
     tokenizer_formats.Llama2CTokenizer((folder / "tok512.bin").read_bytes()[:-1])
 
 
+def test_ids_spell_the_bytes_of_the_text(trained, gpt2_style, tmp_path):
+  text = "The hill\n stands \u65e5\u00e9 2026"
+  library = pytest.importorskip("tokenizers")
+  pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581hi", "l", "\u00e9"]
+  fallback = library.Tokenizer(
+    library.models.BPE(
+      {piece: id for id, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True
+    )
+  )
+  fallback.normalizer = library.normalizers.Replace(" ", "\u2581")
+  replace = library.decoders.Replace("\u2581", " ")
+  fallback.decoder = library.decoders.Sequence(
+    [replace, library.decoders.ByteFallback(), library.decoders.Fuse()]
+  )
+  fallback.add_special_tokens(["<unk>", "</s>"])
+  fallback.add_tokens(["hill"])
+  llama_like = tokenizer_formats.JsonTokenizer(fallback.to_str().encode())
+  for tokenizer in (trained, gpt2_style, llama_like):
+    spelled = tokenizer.token_bytes()
+    assert len(spelled) == tokenizer.vocab_size and spelled[tokenizer.end_of_text_id] is None
+    assert b"".join(spelled[id] for id in tokenizer.encode(text)).decode() == text
+    assert len({piece for piece in spelled if piece and len(piece) == 1}) == 256
+  assert llama_like.token_bytes()[0] is None and b"hill" in llama_like.token_bytes()
+  fallback.decoder = library.decoders.WordPiece()
+  with pytest.raises(DataError, match="decoder WordPiece spell no bytes"):
+    tokenizer_formats.JsonTokenizer(fallback.to_str().encode()).token_bytes()
+
+
+def test_llama2c_ids_spell_the_bytes_of_the_text(nr_data):
+  tokenizer = load_tokenizer(nr_data / "models/stories260k/tok512.bin")
+  spelled = tokenizer.token_bytes()
+  # The space in front is the tokenizer's own.
+  assert b"".join(spelled[id] for id in tokenizer.encode("Once \u00e9")).decode() == " Once \u00e9"
+  assert spelled[:3] == [None] * 3 and len(spelled) == 512
+
+
 @pytest.mark.parametrize("name", ["nothing", "file.xyz", "folder"])
 def test_what_is_no_tokenizer_is_refused(tmp_path, name):
   (tmp_path / "file.xyz").write_text("x")

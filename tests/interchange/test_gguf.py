@@ -168,6 +168,9 @@ def test_the_tokenizer_keeps_special_tokens_apart_from_text(tmp_path):
   assert tokenizer.encode("<|user|>ab", use_special_tokens=True) == [8, 3]
   assert 8 not in tokenizer.encode("<|user|>ab")
   assert tokenizer.decode([8, 3, 5, 0]) == "ab ab"
+  spelled = tokenizer.token_bytes()
+  assert b"".join(spelled[id] for id in tokenizer.encode("ab ab12")) == b"ab ab12"
+  assert spelled[8] is None and spelled[0] is None and len(spelled) == tokenizer.vocab_size
   assert tokenizer.decode([8, 3, 5, 0], use_special_tokens=True) == "<|user|>ab ab<|end|>"
   assert tokenizer.render_chat([{"role": "user", "content": "ab"}]) == "<|user|>ab<|go|>"
 

@@ -106,7 +106,7 @@ def sample_with_grammar(
     key: random key; without one, decoding is greedy.
     grammar: a matcher in its first state, or one a prompt; they are forked, not changed.
     chain: transforms of the logits.
-    sampler: how tokens are drawn.
+    sampler: how tokens are drawn; it is not asked for forced ones.
     max_new_tokens: most tokens to add; a text may be cut before its grammar completes it.
     num_samples: samples of each prompt.
     stop: what ends a row; must know an id with which the grammar ends a text.
@@ -277,7 +277,8 @@ def _draw(law, sampler, stop, rows, outputs, tokens_RL, counts_R, words_RW) -> R
     drawn = draw(law, _Forced(tokens_R), stop, held, here)
     return drawn._replace(finish_R=jnp.where(is_forced_R, drawn.finish_R, rows.finish_R))
 
-  rows = jax.lax.fori_loop(0, tokens_RL.shape[1] - 1, force, rows)
+  if tokens_RL.shape[1] > 1:
+    rows = jax.lax.fori_loop(0, tokens_RL.shape[1] - 1, force, rows)
   rows = rows._replace(state=_masked(law, rows.state, words_RW), calls=rows.calls + 1)
   place_R = jnp.maximum(counts_R - 1, 0)
   last = jax.tree.map(lambda leaf: leaf[jnp.arange(place_R.shape[0]), place_R], outputs)

@@ -179,6 +179,8 @@ class GrammarMatcher:
   Where the next bytes are forced, llguidance allows only the token that the
   tokenizer would write them with, and not others that spell their beginning. Its
   masks are then a strict subset of what the language allows; elsewhere they are equal.
+  It does not ask whether the vocabulary can spell what is left of a text: with one
+  that lacks bytes a row can come to a dead end, which `error` tells.
 
   Args:
     grammar: in llguidance's form; made by `lark_grammar` and its like.

@@ -18,16 +18,16 @@ Needs torch and transformers (extra [oracles]) for the PyTorch variants.
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+from machine import hardware
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -275,23 +275,6 @@ def compare(variants: dict) -> dict:
     ratios["cocomix_over_next_token_step_flops"] = cocomix["step_flops"] / ntp["step_flops"]
     ratios["cocomix_time_over_flops"] = time_ratio / flops_ratio
   return ratios
-
-
-def hardware() -> dict:
-  """What the numbers were measured on."""
-  cpu = platform.processor() or platform.machine()
-  with contextlib.suppress(OSError):
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-      if line.startswith("model name"):
-        cpu = line.partition(":")[2].strip()
-        break
-  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  packages = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
-  versions = {"python": platform.python_version()}
-  for package in packages:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      versions[package] = importlib.metadata.version(package)
-  return {"cpu": cpu, "cores": os.cpu_count(), "memory": memory, "versions": versions}
 
 
 def table(report: dict) -> str:

@@ -1,5 +1,7 @@
 """Contrast between the last layer and an earlier one of the same model (DoLa)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -113,11 +115,11 @@ class LayerContrast(Transform):
     Raises:
       ValueError: there is none, or a parameter is out of bounds.
     """
-    if not isinstance(self.layers, tuple) or not self.layers:
+    if not isinstance(self.layers, list | tuple) or not self.layers:
       raise ValueError(
-        f"layer_contrast.layers={self.layers!r}: give a tuple of layers, such as early_exit_layers(num_layers)"
+        f"layer_contrast.layers={self.layers!r}: give a list of layers, such as early_exit_layers(num_layers)"
       )
-    return super().prepared()
+    return Transform.prepared(dataclasses.replace(self, layers=tuple(self.layers)))
 
   def apply(self, logits_BV: jax.Array, state: State, context: Context) -> jax.Array:
     """Contrasts with the farthest candidate."""

@@ -12,7 +12,7 @@ changed is mixed.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Self
 
 import jax
@@ -161,14 +161,14 @@ class Mix(Mixture):
     weights = {f"weights.{name}": weight for name, weight in self.weights.items()}
     return {**super().row_parameters(), **weights}
 
-  def take(self, rows_B: jax.Array) -> Self:
-    """Gathers the weights too."""
-    gathered = {
-      name: jnp.take(weight, rows_B, axis=0) if jnp.ndim(weight) > 0 else weight
+  def map_rows(self, change: Callable[..., jax.Array], *others: Self) -> Self:
+    """Applies `change` to the weights too."""
+    changed = {
+      name: change(weight, *(other.weights[name] for other in others))
       for name, weight in self.weights.items()
     }
-    own = dataclasses.replace(self, weights={})
-    return dataclasses.replace(Transform.take(own, rows_B), weights=gathered)
+    own = Transform.map_rows(dataclasses.replace(self, weights={}), change, *others)
+    return dataclasses.replace(own, weights=changed)
 
   def prepared(self) -> Self:
     """Checks the weights too.
@@ -331,6 +331,16 @@ class ProductOfExperts(Mixture):
   def weights_of(self) -> tuple[Parameter, dict[str, Parameter]]:
     """Returns the exponent for all."""
     return self.exponent, dict.fromkeys(self.streams, self.exponent)
+
+  def prepared(self) -> Self:
+    """Checks the streams too.
+
+    Raises:
+      ValueError: `streams` is no list of names.
+    """
+    if not isinstance(self.streams, list | tuple) or not self.streams:
+      raise ValueError(f"product_of_experts.streams={self.streams!r}: give a list of names, ['expert']")
+    return Transform.prepared(dataclasses.replace(self, streams=tuple(self.streams)))
 
 
 @transform("context_aware")

@@ -122,6 +122,8 @@ def _text(value: Any, label: str) -> str:
   if isinstance(value, list | tuple):
     inner = [_text(each, label) for each in value]
     return f"[{', '.join(inner)}]"
+  if isinstance(value, dict):
+    return f"{{{', '.join(f'{key!r}: {_text(each, label)}' for key, each in value.items())}}}"
   raise ValueError(f"{label}={value!r}: no literal stands for it")
 
 

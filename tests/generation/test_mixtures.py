@@ -1,0 +1,502 @@
+"""Mixtures, guidance, neighbours, candidate scores and contrastive search, on small models."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nr.generation.candidate_scoring import WithCandidateScores, linear_score, log_sigmoid_score
+from nr.generation.contrastive_search import contrastive_search
+from nr.generation.decoding import begin, form_law, pad_prompts, row_keys
+from nr.generation.language_models import Markov, Stream, WithStreams
+from nr.generation.sample import sample
+from nr.generation.samplers import Replay
+from nr.generation.stopping import LENGTH, STOP_ID, Stop
+from nr.generation.transforms.algebra import Context, chain
+from nr.generation.transforms.guidance import Args, Fudge, Gedi, Rad, ValueGuidance
+from nr.generation.transforms.layer_contrast import LayerContrast, early_exit_layers
+from nr.generation.transforms.mixtures import (
+  AutoregressiveReward,
+  ContextAware,
+  ContrastiveDecoding,
+  ContrastiveReasoning,
+  DExperts,
+  Guidance,
+  Mix,
+  ProductOfExperts,
+  ProxyTuning,
+)
+from nr.generation.transforms.retrieval import Datastore, KnnMix, build_datastore, nearest
+from nr.generation.transforms.text import describe, parse
+from tests.generation import toy
+
+KINDS = ["transformer", "concepts"]
+PROMPTS = toy.random_prompts([3, 7, 5])
+STREAMS = ("amateur", "unconditional", "expert", "anti_expert", "tuned", "untuned", "without_context")
+STREAMS = (*STREAMS, "attribute", "reward", "value", "desired", "undesired")
+V, D = 12, 4
+draws = np.random.default_rng(0)
+STORE = Datastore(jnp.asarray(draws.normal(size=(9, D)), jnp.float32), jnp.arange(9) % V)
+HEAD = (jnp.asarray(draws.normal(size=(D, V)), jnp.float32), jnp.zeros(V))
+
+
+def context(batch: int) -> Context:
+  draws = np.random.default_rng(1)
+  streams = {name: jnp.asarray(draws.normal(size=(batch, V)), jnp.float32) for name in STREAMS}
+  hidden = {"last": jnp.asarray(draws.normal(size=(batch, D)), jnp.float32)}
+  zeros = jnp.zeros(batch, jnp.int32)
+  keys = jax.random.split(jax.random.key(0), batch)
+  return Context(jnp.zeros((batch, 4), jnp.int32), zeros, zeros, keys, streams, hidden)
+
+
+def run(law, logits_BV, seen):
+  return np.asarray(law.apply(logits_BV, law.init(seen, V), seen))
+
+
+# A transform by its parameters, the values that turn it off, and others.
+SWITCHES = [
+  (Guidance, dict(scale=1.0), dict(scale=2.0)),
+  (ContrastiveDecoding, dict(coefficient=0.0, alpha=0.0), dict(coefficient=1.0, alpha=0.1)),
+  (ContrastiveReasoning, dict(beta=0.0, alpha=0.0), dict(beta=0.5, alpha=0.1)),
+  (DExperts, dict(strength=0.0, alpha=0.0), dict(strength=2.0, alpha=0.0)),
+  (ProxyTuning, dict(strength=0.0), dict(strength=1.0)),
+  (ContextAware, dict(strength=0.0, alpha=0.0), dict(strength=0.5, alpha=0.0)),
+  (functools.partial(KnnMix, STORE, neighbours=4), dict(weight=0.0), dict(weight=0.3)),
+  (functools.partial(Fudge, candidates=4, kept=2), dict(strength=0.0), dict(strength=1.0)),
+  (functools.partial(Rad, candidates=4), dict(strength=0.0), dict(strength=3.0)),
+  (functools.partial(Rad, candidates=4, is_inverse=True), dict(strength=0.0), dict(strength=3.0)),
+  (Args, dict(strength=0.0), dict(strength=3.0)),
+  (ValueGuidance, dict(strength=0.0), dict(strength=3.0)),
+  (functools.partial(ValueGuidance, head=HEAD), dict(strength=0.0), dict(strength=3.0)),
+  (Gedi, dict(strength=0.0, mass=0.5, target=0.9), dict(strength=3.0, mass=0.5, target=0.9)),
+  (lambda w, **rest: Mix({"expert": w}, **rest), dict(w=0.0, main=1.0), dict(w=0.5, main=0.7)),
+]
+
+
+@pytest.mark.parametrize("make, off, on", SWITCHES)
+def test_off_is_the_identity_row_by_row(make, off, on):
+  seen, logits = context(3), jnp.asarray(np.random.default_rng(2).normal(size=(3, V)), jnp.float32)
+  assert chain(make(**off)).prepared().transforms == ()
+  mixed = make(**{name: [off[name], on[name], on[name]] for name in off})
+  law = chain(mixed).prepared()
+  out = run(law, logits, seen)
+  np.testing.assert_array_equal(out[0], logits[0])
+  assert (out[1:] != np.asarray(logits[1:])).any(axis=1).all()
+  # Gathered rows take their parameters along: what was row 1 is not off where row 0 was.
+  taken = run(law.take(jnp.array([1, 0, 2])), logits, seen)
+  assert (taken[0] != np.asarray(logits[0])).any()
+  np.testing.assert_array_equal(taken[1], logits[1])
+  np.testing.assert_allclose(taken[2], out[2], atol=1e-6)
+  # One value for all rows is the same as that value in each.
+  alike = run(chain(make(**on)).prepared(), logits, seen)
+  np.testing.assert_allclose(alike[1:], out[1:], atol=1e-6)
+
+
+def test_what_is_banned_stays_banned():
+  seen = context(1)
+  seen.streams["expert"] = seen.streams["expert"].at[0, 3].set(-jnp.inf)
+  logits = jnp.zeros((1, V)).at[0, 5].set(-jnp.inf)
+  mixtures = [
+    ProductOfExperts(),
+    Mix({"expert": 1.0}, main=0.0),
+    Mix({"expert": -1.0}),
+    Mix({"expert": -1.0}, 2.0),
+  ]
+  for law in [*mixtures, AutoregressiveReward(), KnnMix(STORE, 0.5), Guidance(0.0), Args(2.0)]:
+    out = run(chain(law).prepared(), logits, seen)
+    assert out[0, 5] == -np.inf and not np.isnan(out).any() and out.max() < np.inf, law.name
+  # A positive weight hands a ban on; a negative one counts it as the least probable token.
+  assert run(ProductOfExperts(), logits, seen)[0, 3] == -np.inf
+  subtracted = run(Mix({"expert": -1.0}), logits, seen)[0]
+  assert subtracted[3] == subtracted[subtracted > -np.inf].max()
+
+
+def test_mix_of_a_stream_that_is_banned_throughout_is_no_number_but_off_rows_are():
+  seen = context(2)
+  seen.streams["expert"] = jnp.full((2, V), -jnp.inf)
+  out = run(chain(Mix({"expert": [0.0, 1.0]})).prepared(), jnp.zeros((2, V)), seen)
+  np.testing.assert_array_equal(out[0], 0.0)
+  np.testing.assert_array_equal(out[1], -np.inf)
+
+
+def test_mixtures_as_text():
+  texts = ["contrastive_decoding(0.2, stream='small')|guidance([1, 2])", "mix({'small': -0.5}, alpha=0.1)"]
+  texts += [
+    "layer_contrast([1, 2], variant='hf')",
+    "product_of_experts(streams=['a', 'b'])",
+    "rad(10)|fudge(2)",
+  ]
+  for text in texts:
+    law = parse(text).prepared()
+    assert describe(law) == text
+  assert parse("layer_contrast([1, 2])").prepared().needs == {"streams:layer_1", "streams:layer_2"}
+
+
+def test_rows_of_weights_are_changed_together():
+  wide = chain(Mix({"expert": 0.5}, main=2.0)).prepared().spread(3)
+  assert {name: value.tolist() for name, value in wide.row_parameters().items()} == {
+    "0.mix.main": [2.0] * 3,
+    "0.mix.alpha": [0.0] * 3,
+    "0.mix.weights.expert": [0.5] * 3,
+  }
+  other = chain(Mix({"expert": 1.0}, main=1.0)).prepared().spread(3)
+  is_first = jnp.array([True, False, True])
+  chosen = wide.map_rows(lambda one, two: jnp.where(is_first, one, two), other)
+  assert chosen.transforms[0].weights["expert"].tolist() == [0.5, 1.0, 0.5]
+
+
+def test_layers_of_the_buckets():
+  assert early_exit_layers(32, "low") == tuple(range(2, 16, 2))
+  assert early_exit_layers(32, "high") == tuple(range(16, 32, 2))
+  assert early_exit_layers(48, "low") == tuple(range(2, 20, 2))
+  assert early_exit_layers(48, "high") == tuple(range(28, 48, 2))
+  assert early_exit_layers(4, "low") == (2,) and early_exit_layers(2, "low") == (1,)
+  assert early_exit_layers(8, "low", is_tied=False) == (2,)
+
+
+MISTAKES = [
+  (lambda: chain(Mix(["expert"])).prepared(), "weights by stream"),
+  (lambda: chain(Mix({"expert": "much"})).prepared(), "mix.weights.expert"),
+  (lambda: chain(Mix({"expert": np.ones((2, 2))})).prepared(), "scalar or one value a row"),
+  (lambda: chain(ContrastiveDecoding(alpha=2.0)).prepared(), "at most 1"),
+  (lambda: chain(ContrastiveDecoding(temperature=0.0)).prepared(), "above 0"),
+  (lambda: chain(Guidance(of="log_prob")).prepared(), "did you mean 'log_probs'"),
+  (lambda: chain(LayerContrast(())).prepared(), "give a list of layers"),
+  (lambda: chain(ProductOfExperts(streams="expert")).prepared(), "list of names"),
+  (lambda: chain(LayerContrast((1,), variant="papr")).prepared(), "did you mean 'paper'"),
+  (lambda: early_exit_layers(12, "hihg"), "did you mean 'high'"),
+  (lambda: early_exit_layers(1), "holds no layer"),
+  (lambda: chain(KnnMix(None)).prepared(), "build_datastore"),
+  (lambda: chain(KnnMix(Datastore(jnp.zeros((3, 2)), jnp.zeros(2)))).prepared(), "keys_MD"),
+  (lambda: chain(KnnMix(STORE, neighbours=0)).prepared(), "neighbours=0"),
+  (lambda: chain(ValueGuidance(head=(jnp.zeros((2, 3)), jnp.zeros(2)))).prepared(), "kernel"),
+  (lambda: build_datastore(toy.tiny_network(), np.zeros((2, 4))), "offers_hidden=True"),
+  (lambda: contrastive_search(toy.TOY, toy.PROMPT, max_new_tokens=1), "hidden:last"),
+]
+
+
+@pytest.mark.parametrize("mistake, words", MISTAKES)
+def test_mistakes(mistake, words):
+  with pytest.raises(ValueError, match=words):
+    mistake()
+
+
+@pytest.mark.parametrize(
+  "law, need",
+  [
+    (Guidance(), "streams:unconditional"),
+    (DExperts(), "streams:anti_expert"),
+    (LayerContrast((1,)), "streams:layer_1"),
+    (KnnMix(STORE), "hidden:last"),
+    (Rad(), "streams:reward"),
+    (Gedi(), "streams:desired"),
+    (ValueGuidance(head=HEAD), "hidden:last"),
+  ],
+)
+def test_a_model_that_does_not_offer_the_stream_is_refused(law, need):
+  with pytest.raises(ValueError, match=need):
+    sample(toy.TOY, toy.PROMPT, chain=law, max_new_tokens=1)
+
+
+def test_law_of_whole_texts_on_the_enumerable_chain():
+  """Contrastive decoding, text by text, against the closed form."""
+  model = Markov(toy.TOY.logits_CV, {"amateur": toy.DRAFT.logits_CV})
+  drawn = sample(
+    model,
+    jnp.full((40, 1), toy.BOS),
+    sampler=Replay(jnp.asarray(toy.padded())),
+    max_new_tokens=3,
+    chain=ContrastiveDecoding(alpha=0.3, coefficient=0.5),
+    stop=Stop(ids_E=[toy.EOS]),
+  )
+  table = toy.TARGET_CV / np.sqrt(toy.DRAFT_CV)
+  table = np.where(toy.TARGET_CV >= 0.3 * toy.TARGET_CV.max(axis=1, keepdims=True), table, 0)
+  expected = [toy.probability(text, table / table.sum(axis=1, keepdims=True)) for text in toy.texts()]
+  np.testing.assert_allclose(np.exp(drawn.transformed_log_probs_RN.sum(axis=1)), expected, atol=1e-6)
+
+
+@functools.cache
+def network(kind: str, seed: int = 0):
+  return toy.tiny_network(kind, seed, network=dict(offers_hidden=True))
+
+
+@functools.cache
+def reader(kind: str, seed: int):
+  """Returns a compiled function from a text to its states and logits, without a cache."""
+  model = network(kind, seed).model()
+
+  @jax.jit
+  def read(tokens_1L):
+    states = model.hidden(tokens_1L)
+    return states[0], model.logits(states)[0]
+
+  def padded(text):
+    states, logits = read(jnp.asarray([[*text, *(0,) * (32 - len(text))]]))
+    return np.asarray(states[: len(text)], np.float64), np.asarray(logits[: len(text)], np.float64)
+
+  return padded
+
+
+def log_softmax(logits):
+  return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+
+
+def test_streams_with_prompts_and_models_of_their_own_equal_separate_passes():
+  """Guidance by another prompt and an expert of another kind, greedily, with a scale for each row."""
+  kind = "transformer"
+  prompts, valid = pad_prompts(PROMPTS)
+  others = toy.random_prompts([9, 2, 4], seed=5)
+  other_prompts, other_valid = map(jnp.asarray, pad_prompts(others))
+  streams = {
+    "unconditional": Stream(network(kind), other_prompts, other_valid),
+    "expert": Stream(network("concepts")),
+  }
+  scales = [1.5, 0.0, 3.0]
+  law = chain(Guidance(scales), Mix({"expert": [0.5, 0.0, 1.0]}))
+  out = sample(WithStreams(network(kind), streams), prompts, valid, chain=law, max_new_tokens=4)
+  reads, expert = reader(kind, 0), reader("concepts", 0)
+  for row, (prompt, other) in enumerate(zip(PROMPTS, others)):
+    new = []
+    for step in range(4):
+      conditional, unconditional, given = (
+        log_softmax(read([*start, *new])[1][-1])
+        for read, start in ((reads, prompt), (reads, other), (expert, prompt))
+      )
+      guided = log_softmax(unconditional + scales[row] * (conditional - unconditional))
+      mixed = log_softmax(guided + (0.5, 0.0, 1.0)[row] * given)
+      token = int(out.tokens_RN[row, step])
+      assert token == mixed.argmax()
+      np.testing.assert_allclose(out.transformed_log_probs_RN[row, step], mixed[token], atol=1e-4)
+      np.testing.assert_allclose(out.log_probs_RN[row, step], conditional[token], atol=1e-4)
+      new.append(token)
+
+
+def test_layers_of_a_network_are_contrasted():
+  model = toy.tiny_network(num_layers=3, network=dict(taps=(1, 2)))
+  law = chain(LayerContrast((1, 2), [0.1, 0.0, 0.3])).prepared()
+
+  @jax.jit
+  def first_law(model, law, prompts, valid):
+    begun = begin(model, law, prompts, valid, row_keys(None, None, 3), 1)
+    return form_law(law, begun.state, begun.outputs, begun.context), begun.outputs
+
+  formed, outputs = first_law(model, law, *map(jnp.asarray, pad_prompts(PROMPTS)))
+  mature, *early = (
+    np.asarray(jax.nn.softmax(each), np.float64)
+    for each in (outputs.logits, outputs.streams["layer_1"], outputs.streams["layer_2"])
+  )
+
+  def distance(p, q):
+    m = (p + q) / 2
+    return (p * np.log(p / m) + q * np.log(q / m)).sum()
+
+  for row, (p, top) in enumerate(zip(mature, (0.1, 0.0, 0.3))):
+    q = max((each[row] for each in early), key=lambda q, p=p: distance(p, q))
+    law = np.where(p >= top * p.max(), p / q, 0)
+    np.testing.assert_allclose(np.exp(formed.transformed_BV[row]), law / law.sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_datastore_holds_each_state_with_the_token_behind_it(kind):
+  windows = np.array(toy.random_prompts([10, 10, 10], seed=8))
+  valid = np.ones(windows.shape, bool)
+  valid[2, 6:] = False
+  store = build_datastore(network(kind), windows, valid, context=1, batch=2)
+  states = [reader(kind, 0)(window)[0] for window in windows]
+  expected = np.concatenate([states[0][1:9], states[1][1:9], states[2][1:5]])
+  np.testing.assert_allclose(store.keys_MD, expected, atol=1e-5)
+  assert store.values_M.dtype == jnp.int32
+  np.testing.assert_array_equal(store.values_M, [*windows[0, 2:], *windows[1, 2:], *windows[2, 2:6]])
+  if kind == "transformer":
+    # With almost all weight on the nearest state, the model recites what it finds.
+    prompts, ok = pad_prompts([window[:4].tolist() for window in windows[:2]])
+    law = KnnMix(store, 0.99, neighbours=1, chunk=7)
+    out = sample(network(kind), prompts, ok, chain=law, max_new_tokens=6)
+    np.testing.assert_array_equal(out.tokens_RN, windows[:2, 4:])
+
+
+def test_nearest_keys_are_those_of_a_full_search():
+  draws = np.random.default_rng(3)
+  queries, keys = draws.normal(size=(4, 6)), draws.normal(size=(23, 6))
+  full = ((queries[:, None] - keys) ** 2).sum(axis=-1)
+  for chunk in (1, 5, 23, 100):
+    distances, rows = nearest(jnp.asarray(queries, jnp.float32), jnp.asarray(keys, jnp.float32), 7, chunk)
+    np.testing.assert_array_equal(rows, np.argsort(full, axis=1)[:, :7])
+    np.testing.assert_allclose(distances, np.sort(full, axis=1)[:, :7], atol=1e-5)
+
+
+SCORE = (jnp.asarray(np.random.default_rng(4).normal(size=16), jnp.float32), jnp.float32(0.3))
+
+
+def brute_scores(kind, text, candidates, head=lambda score: score):
+  """Reads the text once for each candidate."""
+  last = [reader(kind, 7)([*text, token])[0][-1] for token in candidates]
+  return head(np.asarray(last) @ np.asarray(SCORE[0], np.float64) + 0.3)
+
+
+def log_sigmoid(score):
+  return -np.log1p(np.exp(-score))
+
+
+def check_scores(outputs, row, text, kind, k, head=lambda score: score):
+  logits, stream = np.asarray(outputs.logits)[row], np.asarray(outputs.streams["reward"])[row]
+  candidates = np.sort(np.argsort(-logits)[:k])
+  np.testing.assert_array_equal(np.flatnonzero(stream > -np.inf), candidates)
+  np.testing.assert_allclose(stream[candidates], brute_scores(kind, text, candidates, head), atol=1e-4)
+
+
+def test_scores_of_candidates_equal_a_full_pass_for_each():
+  """After prompts of several lengths, a fork, and single tokens; scores are log-probabilities."""
+  kind = "concepts"
+  model = WithCandidateScores(network("transformer"), network(kind, 7), log_sigmoid_score, SCORE, k=3)
+  model.check()
+  rows, tokens = (2, 1, 0), [[4, 9, 30], [11, 2, 2]]
+
+  @jax.jit
+  def run_all(model, prompts, valid, tokens):
+    first, cache = model.prefill(prompts, valid, 12)
+    cache = model.fork(cache, jnp.array(rows))
+
+    def step(cache, tokens):
+      outputs, cache = model.extend(tokens[:, None], cache, read_B=jnp.zeros(3, jnp.int32))
+      return cache, outputs
+
+    return first, jax.lax.scan(step, cache, tokens)[1]
+
+  first, later = run_all(model, *map(jnp.asarray, pad_prompts(PROMPTS)), jnp.array(tokens))
+  for row, prompt in enumerate(PROMPTS):
+    check_scores(first, row, prompt, kind, 3, log_sigmoid)
+  for row, source in enumerate(rows):
+    for step in range(2):
+      text = [*PROMPTS[source], *(tokens[earlier][row] for earlier in range(step + 1))]
+      check_scores(jax.tree.map(lambda leaf, step=step: leaf[step], later), row, text, kind, 3, log_sigmoid)
+
+
+def test_scores_of_candidates_at_every_node_of_drafts():
+  """Drafts as a tree, one branch kept, then tokens padded on the right, then some forgotten."""
+  kind = "transformer"
+  model = WithCandidateScores(network(kind), network(kind, 7), linear_score, SCORE, k=2, reads=3)
+  drafts = [[5, 6, 7], [8, 9, 10]]
+
+  @jax.jit
+  def run_all(model, prompts, valid):
+    _, cache = model.prefill(prompts, valid, 14, uneven=True)
+    # 0 -> 1 and 0 -> 2.
+    visible = jnp.array([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], bool)
+    tree, cache = model.extend(jnp.array(drafts), cache, visible_BLL=visible)
+    # Row 0 keeps 0 -> 2, row 1 keeps 0.
+    cache = model.keep_path(cache, 3, jnp.array([[0, 2], [0, 1]]), jnp.array([2, 1]))
+    is_there = jnp.array([[True, False], [True, True]])
+    padded, cache = model.extend(jnp.array([[1, 0], [2, 3]]), cache, is_there)
+    # Row 1 forgets a token: both go on as if that and the padding had never been.
+    cache = model.rollback(cache, jnp.array([0, 1]))
+    last, _ = model.extend(jnp.array([[12], [13]]), cache, read_B=jnp.zeros(2, jnp.int32))
+    return tree, padded, last
+
+  tree, padded, last = run_all(model, *map(jnp.asarray, pad_prompts(PROMPTS[:2])))
+  for row, (a, b, c) in enumerate(drafts):
+    for node, path in enumerate(([a], [a, b], [a, c])):
+      check_scores(tree.at(node), row, [*PROMPTS[row], *path], kind, 2)
+  texts = [[*PROMPTS[0], 5, 7], [*PROMPTS[1], 8]]
+  check_scores(padded.at(0), 0, [*texts[0], 1], kind, 2)
+  check_scores(padded.at(1), 1, [*texts[1], 2, 3], kind, 2)
+  check_scores(last, 0, [*texts[0], 1, 12], kind, 2)
+  check_scores(last, 1, [*texts[1], 2, 13], kind, 2)
+
+
+def test_rewards_guide_a_whole_text():
+  """The sample driver with a scorer, several samples a prompt, against a greedy loop in NumPy."""
+  model = WithCandidateScores(network("transformer"), network("transformer", 7), linear_score, SCORE, k=4)
+  prompts, valid = pad_prompts(PROMPTS)
+  law = Rad([2.0, 0.0, 5.0], candidates=4)
+  out = sample(model, prompts, valid, chain=law, max_new_tokens=3, num_samples=2)
+  np.testing.assert_array_equal(out.tokens_RN[::2], out.tokens_RN[1::2])
+  for row, prompt in enumerate(PROMPTS):
+    text = [*prompt]
+    for step in range(3):
+      logits = reader("transformer", 0)(text)[1][-1]
+      candidates = np.argsort(-logits)[:4]
+      bonus = np.clip(brute_scores("transformer", text, candidates), 0, 1)
+      best = candidates[(logits[candidates] + (2.0, 0.0, 5.0)[row] * bonus).argmax()]
+      assert int(out.tokens_RN[2 * row, step]) == best
+      text.append(int(best))
+
+
+def test_mistakes_of_candidate_scoring():
+  main, scorer = network("transformer"), network("transformer", 7)
+  make = functools.partial(WithCandidateScores, head=linear_score, head_params=SCORE)
+  with pytest.raises(ValueError, match="offers_hidden=True"):
+    make(main, dataclasses.replace(scorer, offers_hidden=False)).check()
+  with pytest.raises(ValueError, match="k=33"):
+    make(main, scorer, k=33).check()
+  with pytest.raises(ValueError, match="reads=0"):
+    make(main, scorer, reads=0).check()
+  with pytest.raises(ValueError, match="tokenizer"):
+    make(main, toy.tiny_network(vocab_size=16, network=dict(offers_hidden=True)), k=4).check()
+  model = make(main, scorer, k=2)
+  cache = model.init_cache(1, 8, uneven=True)
+  with pytest.raises(ValueError, match="set reads"):
+    model.extend(jnp.zeros((1, 2), jnp.int32), cache)
+  with pytest.raises(ValueError, match="leave read_B out"):
+    tree = jnp.eye(2, dtype=bool)[None]
+    model.extend(jnp.zeros((1, 2), jnp.int32), cache, visible_BLL=tree, read_B=jnp.zeros(1, jnp.int32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contrastive_search_equals_a_slow_search(kind):
+  """Every candidate read from the start, cosines with every earlier state, an alpha for each row."""
+  alphas, k, new, unused = [0.0, 0.6, 0.9], 4, 5, 8
+  settings = dict(alpha=alphas, k=k, max_new_tokens=new)
+  prompts, valid = pad_prompts(PROMPTS)
+  out = contrastive_search(network(kind), prompts, valid, stop=Stop(ids_E=[unused]), **settings)
+  read = reader(kind, 0)
+  ranks = np.zeros((3, new), int)
+  for row, (prompt, alpha) in enumerate(zip(PROMPTS, alphas)):
+    text = [*prompt]
+    for step in range(new):
+      states, logits = read(text)
+      law = log_softmax(logits[-1])
+      candidates, scores = np.argsort(-law)[:k], []
+      for token in candidates:
+        state = read([*text, token])[0][-1]
+        cosines = states @ state / np.linalg.norm(states, axis=1) / np.linalg.norm(state)
+        scores.append((1 - alpha) * np.exp(law[token]) - alpha * cosines.max())
+      ranks[row, step] = np.argmax(scores)
+      best = int(candidates[ranks[row, step]])
+      assert int(out.tokens_RN[row, step]) == best
+      np.testing.assert_allclose(out.log_probs_RN[row, step], law[best], atol=1e-4)
+      text.append(best)
+  # Weight 0 is greedy, others are not.
+  assert (ranks[0] == 0).all() and (ranks[1:] > 0).any()
+  assert (np.asarray(out.finish_R) == LENGTH).all()
+  # Stopping at the first choice of row 1 leaves what the others say before it.
+  first = int(out.tokens_RN[1, 0])
+  stopped = contrastive_search(network(kind), prompts, valid, stop=Stop(ids_E=[first]), **settings)
+  assert int(stopped.finish_R[1]) == STOP_ID and int(stopped.lengths_R[1]) == 1
+  for row in (0, 2):
+    length = int(stopped.lengths_R[row])
+    np.testing.assert_array_equal(stopped.tokens_RN[row, :length], out.tokens_RN[row, :length])
+
+
+def test_contrastive_search_never_takes_what_the_chain_bans():
+  """With a head of one token every other candidate is banned, so that repetition decides nothing."""
+  model = Markov(toy.TOY.logits_CV, {"amateur": toy.TOY.logits_CV}, {"last": jnp.ones((5, 2))})
+  law = Mix({"amateur": 0.0}, alpha=1.0)
+  settings = dict(alpha=0.9, k=3, max_new_tokens=2, stop=Stop(ids_E=[toy.EOS]))
+  out = contrastive_search(model, toy.PROMPT, chain=law, **settings)
+  assert out.tokens_RN.tolist() == [[toy.A, toy.EOS]]
+
+
+def test_mistakes_of_contrastive_search():
+  search = functools.partial(
+    contrastive_search, network("transformer"), *pad_prompts(PROMPTS), max_new_tokens=2
+  )
+  with pytest.raises(ValueError, match="k=0"):
+    search(k=0)
+  with pytest.raises(ValueError, match=r"alpha=1.5"):
+    search(alpha=1.5)
+  with pytest.raises(ValueError, match="one for each of the 3 prompts"):
+    search(alpha=[0.1, 0.2])

@@ -242,8 +242,8 @@ class Job:
     return self._texts(generation)
 
   def _drafter(self) -> Any:
-    from nr.generation.drafters import ModelDrafter, NgramDrafter
-    from nr.generation.early_exit import early_exit
+    from nr.generation.drafters import NgramDrafter
+    from nr.generation.model_drafters import ModelDrafter, early_exit
 
     kind, _, layers = self.settings.draft.partition(":")
     if kind == "ngram":

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nr.generation.transforms.algebra import Context, Parameter, State, Transform, column, row, static, table
 
@@ -108,7 +109,8 @@ class HardConstraint(_Wrapper):
 
   Attributes:
     transform: one that bans; it is applied to log p. One with a method `is_complete(state)`
-      returning bool [B] (an automaton) also says whether a text may end.
+      returning bool [B] (`Constrain`, which must know the ids that end a text) also says
+      whether a text may end.
   """
 
   transform: Transform = table()
@@ -180,9 +182,14 @@ class TokenCount(Potential):
   weight: Parameter = row(1.0)
   ids_E: Any = table(())
 
+  def prepared(self) -> Self:
+    """Returns it with arrays."""
+    ids_E = jnp.asarray(np.asarray(self.ids_E, np.int32).reshape(-1))
+    return super(TokenCount, dataclasses.replace(self, ids_E=ids_E)).prepared()
+
   def log_twist(self, log_probs_BV: jax.Array, state: State, context: Context) -> jax.Array:
     """Returns the weight at the listed tokens, else 0."""
-    ids_E = jnp.asarray(self.ids_E, jnp.int32).reshape(-1)
+    ids_E = jnp.asarray(self.ids_E, jnp.int32)
     is_listed_V = jnp.zeros(log_probs_BV.shape[1], bool).at[ids_E].set(True, mode="drop")
     return jnp.where(is_listed_V, column(self.weight), 0.0) + jnp.zeros_like(log_probs_BV)
 
@@ -226,6 +233,7 @@ class Lookahead(_Wrapper):
     function: (parameters, context) -> float32 [B, V] log h after each next token,
       finite; static. It may read `context.hidden` (a value head) and streams.
     parameters: any pytree; traced.
+    reads: "hidden:<name>" and "streams:<name>" that the function reads.
 
   Source: twisted sequential Monte Carlo, arXiv:2404.17546; division at the end is our
   choice: targets stay exact for any h.
@@ -234,12 +242,18 @@ class Lookahead(_Wrapper):
   base: Potential = table()
   function: Callable[[Any, Context], jax.Array] = static()
   parameters: Any = table(())
+  reads: tuple[str, ...] = static(())
 
   def _parts(self) -> dict[str, Transform]:
     return {"base": self.base}
 
+  @property
+  def needs(self) -> frozenset[str]:
+    """What the base and the function read."""
+    return self.base.needs | frozenset(self.reads)
+
   def init(self, context: Context, vocab_size: int) -> LookaheadState:
-    """Returns the base's state; h of the prompt counts as 1."""
+    """Returns the base's state; h of the history in `context` counts as 1."""
     return LookaheadState(self.base.init(context, vocab_size), jnp.zeros(context.lengths_B.shape))
 
   def log_twist(self, log_probs_BV: jax.Array, state: LookaheadState, context: Context) -> jax.Array:

@@ -16,6 +16,7 @@ from nr.generation.constraints.matchers import (
   grammar_vocabulary,
   json_grammar,
   lark_grammar,
+  num_words,
 )
 from nr.generation.constraints.regular import json_schema, regex
 from nr.generation.constraints.stop_strings import cut_text, stop_strings
@@ -25,7 +26,8 @@ from nr.generation.language_models import Markov
 from nr.generation.sample import sample
 from nr.generation.samplers import Greedy, Replay
 from nr.generation.stopping import BROKEN, LENGTH, STOP_ID, STOP_STRING, Stop
-from nr.generation.transforms.algebra import Transform, chain, column, row, transform
+from nr.generation.transforms.algebra import Transform, chain, column, guarded, row, transform
+from nr.generation.transforms.text import parse
 from tests.generation import toy
 
 # 32 pieces, the vocabulary of the models.
@@ -89,18 +91,18 @@ def test_rows_keep_to_their_own_automata(model):
   assert all(body in options for body in bodies[8:])
   # A text may be cut in other ways than an option of ids says.
   assert not bool(joined.allowed(joined.start[1:2])[0, 25])
-  # Unconstrained rows are untouched.
-  free = sample(model, *pad_prompts(PROMPTS), jax.random.key(0), max_new_tokens=4)
-  law = chain(Constrain(joined, start=joined.start[jnp.array([3, 3, 3])]))
-  same = sample(model, *pad_prompts(PROMPTS), jax.random.key(0), chain=law, max_new_tokens=4)
-  np.testing.assert_array_equal(same.tokens_RN, free.tokens_RN)
 
 
-def test_a_complete_text_without_an_end_of_text_breaks_its_row(model):
-  law = Constrain(choices(["no", "yes"], PIECES))
-  drawn = sample(model, *pad_prompts(PROMPTS), jax.random.key(1), chain=law, max_new_tokens=MAX_NEW)
-  assert (np.asarray(drawn.finish_R) == BROKEN).all()
-  assert {spell(row, int(n) - 1) for row, n in zip(drawn.tokens_RN, drawn.lengths_R)} <= {"no", "yes"}
+def test_rows_without_a_constraint_are_untouched_and_complete_ones_without_an_end_are_flagged():
+  joined = join([choices(["no", "yes"], PIECES), anything(len(PIECES))])
+  law = Constrain(joined, start=joined.start[jnp.array([0, 1])]).prepared()
+  logits, states = jax.random.normal(jax.random.key(0), (2, 32)), law.start
+  first = law.apply(logits, states, None)
+  np.testing.assert_array_equal(first[1], logits[1])
+  assert np.nonzero(np.isfinite(first[0]))[0].tolist() == [18, 27, 28]
+  states = law.commit(states, jnp.array([27, 5]), None)
+  repaired, is_broken = guarded(law.apply(logits, states, None), logits)
+  assert is_broken.tolist() == [True, False] and int(repaired[0].argmax()) == int(logits[0].argmax())
 
 
 def test_ids_beyond_the_tokenizer_are_banned():
@@ -227,7 +229,7 @@ def test_the_host_driver_draws_what_the_compiled_loop_draws_in_fewer_calls():
   known = [b"{", b"}", b'"', b":", b",", b"0", b"1", b"2", b"a", b"b", b"n", b"x", b"true", b"false"]
   pieces = [piece if piece in known else None for piece in PIECES]
   automaton = json_schema(SCHEMA, pieces, whitespace="")
-  network = toy.tiny_network()
+  network = toy.tiny_network(num_layers=1)
   scales = Sharpen(jnp.array([0.5, 1.0, 2.0]))
   compiled = sample(
     network,
@@ -286,6 +288,32 @@ def test_grammars_beyond_automata_hold_and_forced_tokens_change_nothing(model):
       assert [dict(zip("([", ")]"))[c] for c in opened if c in "(["][::-1] == [c for c in text if c in ")]"]
 
 
+def test_forced_text_is_written_as_the_tokenizer_writes_it(nr_data):
+  pytest.importorskip("tokenizers", reason="GPT-2's vocabulary needs nr[text]")
+  pytest.importorskip("llguidance", reason="grammars need nr[constraints]")
+  from nr.data.tokenizers import load_tokenizer
+
+  tokenizer = load_tokenizer(nr_data / "tokenizers")
+  vocabulary = grammar_vocabulary(tokenizer)
+  rest = lark_grammar('start: "The house stands on a hill" ("." | "!")', vocabulary)
+  assert rest.forced() == tokenizer.encode("The house stands on a hill")
+  schema = json_grammar(dict(SCHEMA, additionalProperties=False), vocabulary)
+  draws, words, num_forced = np.random.default_rng(0), np.zeros(num_words(50257), np.int32), 0
+  for matcher in [rest.fork() for _ in range(2)] + [schema.fork() for _ in range(6)]:
+    tokens = []
+    while tokenizer.end_of_text_id not in tokens:
+      matcher.fill(words)
+      (allowed,) = np.nonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+      forced = matcher.forced()
+      assert not forced or allowed.tolist() == forced[:1]
+      num_forced += len(forced) > 0
+      tokens.append(int(draws.choice(allowed)))
+      assert matcher.consume(tokens[-1])
+    text = tokenizer.decode(tokens)
+    assert text[:-1] == "The house stands on a hill" or set(json.loads(text)) == {"a", "b", "n"}
+  assert num_forced > 12
+
+
 def test_a_row_whose_matcher_gives_up_is_broken_and_told(model):
   """`Replay` draws tokens that may not come, or that lead where no piece goes on; other rows stay."""
   pytest.importorskip("llguidance", reason="grammars need nr[constraints]")
@@ -327,6 +355,7 @@ REFUSALS = {
   "vocabularies": (lambda: join([anything(3), anything(4)]), "one vocabulary, not of sizes 3, 4"),
   "pieces": (lambda: token_bytes([b"a", 3]), r"token_bytes\[1\]=3: give bytes"),
   "tokenizer": (lambda: token_bytes(object()), "object does not tell what bytes"),
+  "no automaton": (lambda: parse("constrain(3)"), "constrain.automaton=3: build one"),
   "starts": (lambda: Constrain(join([anything(4)] * 2)).prepared(), "constrain.start is missing: 2 automata"),
 }  # fmt: skip
 

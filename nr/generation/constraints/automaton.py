@@ -126,14 +126,14 @@ def from_tables(
 
 def _reached(sources: np.ndarray, targets: np.ndarray, seeds: np.ndarray, num_states: int) -> np.ndarray:
   """Returns bool [S], what the edges source -> target reach from the seeds."""
-  edges = np.unique(np.stack([sources, targets]), axis=1) if len(sources) else np.zeros((2, 0), np.int64)
-  begins = np.searchsorted(edges[0], np.arange(num_states + 1))
+  sources, targets = np.divmod(np.unique(sources.astype(np.int64) * num_states + targets), num_states)
+  begins = np.searchsorted(sources, np.arange(num_states + 1))
   is_reached_S = np.zeros(num_states, bool)
   is_reached_S[seeds] = True
   waiting = list(seeds)
   while waiting:
     state = waiting.pop()
-    following = edges[1, begins[state] : begins[state + 1]]
+    following = targets[begins[state] : begins[state + 1]]
     fresh = following[~is_reached_S[following]]
     is_reached_S[fresh] = True
     waiting.extend(fresh)
@@ -215,7 +215,15 @@ class Constrain(Transform):
   start: Parameter = row(None, dtype=jnp.int32, least=0)
 
   def prepared(self) -> "Constrain":
-    """Returns it with arrays for parameters; refuses joined automata without a start for each row."""
+    """Returns it with arrays for parameters. Run outside `jit`.
+
+    Raises:
+      ValueError: what is no automaton, or joined automata without a start for each row.
+    """
+    if not isinstance(self.automaton, Automaton):
+      raise ValueError(
+        f"constrain.automaton={self.automaton!r}: build one with nr.generation.constraints (regular, choices)"
+      )
     if self.start is None and jnp.ndim(self.automaton.start):
       raise ValueError(
         f"constrain.start is missing: {self.automaton.start.size} automata were joined; "

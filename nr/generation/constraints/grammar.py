@@ -128,18 +128,32 @@ def sample_with_grammar(
   if fast_forward < 0:
     raise ValueError(f"fast_forward={fast_forward}: give 0 (off) or the most forced tokens of one call")
   stop = stop.prepared(batch, max_new_tokens, model.vocab_size)
-  followers = _Followers(_checked(grammar, batch, model.vocab_size, stop), num_samples, model.vocab_size)
+  matchers = _checked(grammar, batch, model.vocab_size, stop)
   keys_R = decoding.row_keys(key, row_ids_B, batch, num_samples)
   begun = _begin(model, law, prompts_BP, valid_BP, keys_R, max_new_tokens, num_samples)
+  followers = _Followers(matchers, num_samples, model.vocab_size)
   rows_R = jnp.repeat(jnp.arange(batch), num_samples)
   model, law, stop = (each.take(rows_R) for each in (model, law, stop))
   rows = _open(law, sampler, stop, begun, followers.masks(np.ones(len(keys_R), bool)), max_new_tokens)
-  limits_R, forced_R = np.asarray(stop.limits_B), np.zeros(len(keys_R), np.int64)
+  return _run(model, law, sampler, stop, rows, followers, fast_forward)
+
+
+def _run(
+  model: LanguageModel,
+  law: Chain,
+  sampler: Sampler,
+  stop: Stop,
+  rows: Rows,
+  followers: "_Followers",
+  fast_forward: int,
+) -> GrammarGeneration:
+  """Reads and draws until every row has ended."""
+  limits_R, forced_R = np.asarray(stop.limits_B), np.zeros(len(followers.matchers), np.int32)
   while True:
     last_R, generated_R = np.asarray(rows.last_R), np.asarray(rows.context.generated_B)
     is_running_R = np.asarray(rows.finish_R) == RUNNING
     if not is_running_R.any():
-      break
+      return GrammarGeneration(*read(rows, stop), forced_R, followers.errors())
     room_R = np.minimum(limits_R - generated_R - 1, fast_forward)
     tokens_RL, counts_R = followers.advance(last_R, is_running_R, room_R, fast_forward + 1)
     outputs, cache = _read(model, rows.cache, tokens_RL, counts_R)
@@ -148,8 +162,6 @@ def sample_with_grammar(
     rows = _draw(law, sampler, stop, rows._replace(cache=cache), outputs, tokens_RL, counts_R, words_RW)
     gained_R = np.asarray(rows.context.generated_B) - generated_R
     forced_R += np.minimum(gained_R, np.maximum(counts_R - 1, 0))
-  errors = tuple(matcher.error for matcher in followers.matchers)
-  return GrammarGeneration(*read(rows, stop), forced_R.astype(np.int32), errors)
 
 
 def _with_mask(law: Transform) -> Chain:
@@ -191,6 +203,10 @@ class _Followers:
     for row in np.nonzero(is_running_R)[0]:
       self.matchers[row].fill(words_RW[row])
     return words_RW
+
+  def errors(self) -> tuple[str, ...]:
+    """Returns why each matcher gave up, "" where it did not."""
+    return tuple(matcher.error for matcher in self.matchers)
 
   def advance(
     self, last_R: np.ndarray, is_running_R: np.ndarray, room_R: np.ndarray, most: int

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nr.generation.transforms.algebra import Context, Parameter
-from nr.generation.transforms.thresholds import over_vocabulary
+from nr.generation.transforms.thresholds import scattered
 
 # Fills short sequences up in front; no token.
 NOTHING = -1
@@ -78,6 +78,11 @@ def tail(context: Context, size: int) -> jax.Array:
   return jnp.where(slots_BK >= 0, tokens_BK, NOTHING - 1)
 
 
+def tail_after(context: Context, tokens_B: jax.Array, size: int) -> jax.Array:
+  """Returns the last tokens once `tokens_B` will have been said, int32 [B, size]."""
+  return jnp.concatenate([tail(context, size - 1), tokens_B[:, None].astype(jnp.int32)], axis=1)
+
+
 def is_tail(sequences_NK: jax.Array, recent_BK: jax.Array) -> jax.Array:
   """Says which sequences the recent tokens end with, bool [B, N]."""
   return ((sequences_NK == NOTHING) | (sequences_NK == recent_BK[:, None])).all(axis=-1)
@@ -104,10 +109,8 @@ def sequence_ends(sequences_NK: jax.Array, tokens_BS: jax.Array) -> jax.Array:
 
 def mark(tokens_BS: jax.Array, is_marked_BS: jax.Array, vocab_size: int) -> jax.Array:
   """Returns bool [B, V]: the tokens of the marked slots."""
-  rows_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
   ids_BS = jnp.where(is_marked_BS, tokens_BS, vocab_size)
-  is_marked_BV = over_vocabulary(jnp.zeros((tokens_BS.shape[0], vocab_size), bool))
-  return over_vocabulary(is_marked_BV.at[rows_B1, ids_BS].set(True, mode="drop"))
+  return scattered(jnp.zeros((tokens_BS.shape[0], vocab_size), bool), ids_BS, True, "set")
 
 
 def members(ids_K: jax.Array, vocab_size: int) -> jax.Array:

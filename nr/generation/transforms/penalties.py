@@ -29,12 +29,13 @@ from nr.generation.transforms.history import (
   history_starts,
   is_tail,
   mark,
+  members,
   repeats_before,
   sequence_ends,
   sequence_table,
-  tail,
+  tail_after,
 )
-from nr.generation.transforms.thresholds import over_vocabulary
+from nr.generation.transforms.thresholds import scattered
 
 SCOPES = ("all", "generated")
 
@@ -51,19 +52,17 @@ class _Counted(Transform):
     starts_B = history_starts(context, self.scope, self.window)
     is_counted_BS = (slots_S >= starts_B[:, None]) & (slots_S < context.lengths_B[:, None])
     tokens_BS = jnp.where(is_counted_BS, context.tokens_BS, vocab_size)
-    counts_BV = over_vocabulary(jnp.zeros((tokens_BS.shape[0], vocab_size), jnp.int32))
-    rows_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
-    return over_vocabulary(counts_BV.at[rows_B1, tokens_BS].add(1, mode="drop"))
+    return scattered(jnp.zeros((tokens_BS.shape[0], vocab_size), jnp.int32), tokens_BS, 1, "add")
 
   def commit(self, state: jax.Array, tokens_B: jax.Array, context: Context) -> jax.Array:
     """Counts the new token, and takes back the one that leaves the window."""
-    rows_B, size = jnp.arange(tokens_B.shape[0]), state.shape[1]
-    counts_BV = state.at[rows_B, tokens_B].add(1, mode="drop")
     leaving_B = context.lengths_B - jnp.asarray(self.window)
     is_leaving_B = (jnp.asarray(self.window) > 0) & (leaving_B >= history_starts(context, self.scope, 0))
-    slots_B = jnp.clip(leaving_B, 0, context.tokens_BS.shape[1] - 1)
-    left_B = jnp.where(is_leaving_B, context.tokens_BS[rows_B, slots_B], size)
-    return over_vocabulary(counts_BV.at[rows_B, left_B].add(-1, mode="drop"))
+    slots_B1 = jnp.maximum(leaving_B, 0)[:, None]
+    left_B = jnp.take_along_axis(context.tokens_BS, slots_B1, axis=1, mode="clip")[:, 0]
+    left_B = jnp.where(is_leaving_B, left_B, state.shape[1])
+    changed_B2 = jnp.stack([tokens_B, left_B], axis=1)
+    return scattered(state, changed_B2, jnp.array([1, -1]), "add")
 
 
 @transform("repetition_penalty")
@@ -198,14 +197,12 @@ class Dry(Transform):
     log_base_B1 = jnp.log(column(self.base))
     most_B1 = jnp.where(log_base_B1 > 1e-6, jnp.floor(88.72 / jnp.maximum(log_base_B1, 1e-6)), jnp.inf)
     penalties_BS = column(self.multiplier) * column(self.base) ** jnp.clip(excess_BS, 0, most_B1)
-    rows_B1, size = jnp.arange(logits_BV.shape[0])[:, None], logits_BV.shape[1]
-    tokens_BS = jnp.where(is_repeat_BS, context.tokens_BS, size)
-    penalties_BV = over_vocabulary(jnp.zeros(logits_BV.shape, jnp.float32))
-    penalties_BV = penalties_BV.at[rows_B1, tokens_BS].max(penalties_BS.astype(jnp.float32), mode="drop")
+    tokens_BS = jnp.where(is_repeat_BS, context.tokens_BS, logits_BV.shape[1])
+    penalties_BV = scattered(jnp.zeros(logits_BV.shape, jnp.float32), tokens_BS, penalties_BS, "max")
     breakers_NK = self._breakers()
     is_single_N = (breakers_NK[:, :-1] == NOTHING).all(axis=1)
-    single_N = jnp.where(is_single_N, breakers_NK[:, -1], size)
-    return logits_BV - over_vocabulary(penalties_BV.at[:, single_N].set(0, mode="drop"))
+    singles_N = jnp.where(is_single_N, breakers_NK[:, -1], logits_BV.shape[1])
+    return logits_BV - jnp.where(members(singles_N, logits_BV.shape[1]), 0.0, penalties_BV)
 
   def commit(
     self, state: tuple[jax.Array, jax.Array], tokens_B: jax.Array, context: Context
@@ -213,7 +210,8 @@ class Dry(Transform):
     """Extends or ends the agreements by the new token."""
     repeats_BS, since_breaker_B = state
     breakers_NK = self._breakers()
-    is_end_B = is_tail(breakers_NK, tail(context.append(tokens_B), breakers_NK.shape[1])).any(axis=1)
+    recent_BK = tail_after(context, tokens_B, breakers_NK.shape[1])
+    is_end_B = is_tail(breakers_NK, recent_BK).any(axis=1)
     return extend_repeats(repeats_BS, tokens_B, context), jnp.where(is_end_B, 0, since_breaker_B + 1)
 
   def is_off(self) -> bool:

@@ -40,6 +40,24 @@ def over_vocabulary(x_BV: jax.Array) -> jax.Array:
   return constrain(x_BV, "batch", VOCABULARY)
 
 
+def scattered(x_BV: jax.Array, tokens_BK: jax.Array, values: jax.Array | int, how: str) -> jax.Array:
+  """Returns an array [B, V] with values [B, K], or one, put at the tokens of each row.
+
+  Args:
+    x_BV: laid out as logits are.
+    tokens_BK: int32; those beyond V are left out.
+    values: what is put there.
+    how: "add", "max" or "set".
+  """
+  values_BK = jnp.broadcast_to(jnp.asarray(values, x_BV.dtype), tokens_BK.shape)
+
+  def put(x_V: jax.Array, tokens_K: jax.Array, values_K: jax.Array) -> jax.Array:
+    return getattr(x_V.at[tokens_K], how)(values_K, mode="drop")
+
+  # By row, so that the partitioner sees that rows need nothing of each other.
+  return over_vocabulary(jax.vmap(put)(over_vocabulary(x_BV), tokens_BK, values_BK))
+
+
 def truncated(logits_BV: jax.Array, is_kept_BV: jax.Array) -> jax.Array:
   """Bans what is not kept; a NaN stays, so that its row is still seen to be broken."""
   return keep(logits_BV, is_kept_BV | jnp.isnan(logits_BV))
@@ -149,5 +167,7 @@ def top_values(logits_BV: jax.Array, count: int) -> jax.Array:
   count, pieces = min(count, size), shard_count(VOCABULARY)
   if pieces > 1 and size % pieces == 0:
     blocks_BPV = constrain(logits_BV.reshape(batch, pieces, -1), "batch", VOCABULARY, None)
-    logits_BV = jax.lax.top_k(blocks_BPV, min(count, size // pieces))[0].reshape(batch, -1)
+    # Sorted, not top_k, which is gathered also where only its batch is cut.
+    blocks_BPV = jnp.sort(blocks_BPV, axis=-1, descending=True)
+    logits_BV = blocks_BPV[..., :count].reshape(batch, -1)
   return jax.lax.top_k(logits_BV, count)[0]

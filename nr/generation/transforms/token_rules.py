@@ -1,4 +1,4 @@
-"""Hard and soft rules about single tokens: biases, bans, lengths, forced tokens, budgets, loops."""
+"""Rules about single tokens: allowed, banned and forced ones, lengths, thinking budgets, loops."""
 
 import dataclasses
 from typing import Any, Self
@@ -19,155 +19,21 @@ from nr.generation.transforms.algebra import (
   table,
   transform,
 )
+from nr.generation.transforms.biases import WithTokens
 from nr.generation.transforms.history import (
   counted,
   is_tail,
-  members,
   sequence_ends,
-  sequence_table,
   tail,
+  tail_after,
   token_ids,
 )
 
 SCOPES = ("generated", "all")
 
 
-class _WithTokens(Transform):
-  """Has a list `tokens` of token ids."""
-
-  tokens: Any
-
-  def prepared(self) -> Self:
-    """Returns it with arrays.
-
-    Raises:
-      ValueError: no token ids, or a parameter outside its bounds.
-    """
-    return dataclasses.replace(super().prepared(), tokens=token_ids(f"{self.name}.tokens", self.tokens))
-
-  def is_member(self, logits_BV: jax.Array) -> jax.Array:
-    """Returns bool [1, V]: the tokens in the list."""
-    return members(token_ids(f"{self.name}.tokens", self.tokens), logits_BV.shape[1])
-
-
-class _WithSequences(Transform):
-  """Has a list `sequences` of token sequences."""
-
-  sequences: Any
-
-  def prepared(self) -> Self:
-    """Returns it with arrays.
-
-    Raises:
-      ValueError: no sequences of token ids, or a parameter outside its bounds.
-    """
-    return dataclasses.replace(super().prepared(), sequences=self.table())
-
-  def table(self) -> jax.Array:
-    """Returns the sequences, int32 [N, K]."""
-    return sequence_table(f"{self.name}.sequences", self.sequences)
-
-  def biased(self, logits_BV: jax.Array, biases: Any, context: Context) -> jax.Array:
-    """Adds biases [N] to the last tokens of the sequences whose other tokens came last."""
-    sequences_NK = self.table()
-    recent_BK = tail(context, sequences_NK.shape[1] - 1)
-    is_begun_BN = is_tail(sequences_NK[:, :-1], recent_BK)
-    biases_BN = jnp.where(is_begun_BN, jnp.asarray(biases, jnp.float32), 0.0)
-    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
-    return logits_BV.at[rows_B1, sequences_NK[:, -1]].add(biases_BN, mode="drop")
-
-
-@transform("logit_bias")
-class LogitBias(_WithTokens):
-  """Adds a bias to the logits of tokens.
-
-  Attributes:
-    tokens: token ids [K].
-    biases: nats, [K] or one for all; -inf bans.
-  """
-
-  tokens: Any = table()
-  biases: Any = table()
-
-  def apply(self, logits_BV: jax.Array, state: State, context: Context) -> jax.Array:
-    """Returns biased logits."""
-    ids_K = token_ids("logit_bias.tokens", self.tokens)
-    biases_K = jnp.broadcast_to(jnp.asarray(self.biases, jnp.float32), ids_K.shape)
-    bias_V = jnp.zeros(logits_BV.shape[1], jnp.float32).at[ids_K].add(biases_K, mode="drop")
-    return logits_BV + bias_V
-
-  def prepared(self) -> Self:
-    """Returns it with arrays.
-
-    Raises:
-      ValueError: tokens and biases do not match.
-    """
-    checked = super().prepared()
-    biases = jnp.asarray(self.biases, jnp.float32)
-    if biases.ndim > 1 or biases.size not in (1, checked.tokens.size):
-      raise ValueError(
-        f"logit_bias.biases: {biases.size} for {checked.tokens.size} tokens; give one for each"
-      )
-    return dataclasses.replace(checked, biases=biases)
-
-  def is_off(self) -> bool:
-    """Whether all biases are 0."""
-    return all_equal(self.biases, 0)
-
-
-@transform("sequence_bias")
-class SequenceBias(_WithSequences):
-  """Adds a bias to the last token of a sequence, wherever the tokens before it came last.
-
-  Attributes:
-    sequences: of token ids, of any lengths.
-    biases: nats, one for each.
-  """
-
-  sequences: Any = table()
-  biases: Any = table()
-
-  def apply(self, logits_BV: jax.Array, state: State, context: Context) -> jax.Array:
-    """Returns biased logits."""
-    return self.biased(logits_BV, self.biases, context)
-
-  def prepared(self) -> Self:
-    """Returns it with arrays.
-
-    Raises:
-      ValueError: sequences and biases do not match.
-    """
-    checked = super().prepared()
-    biases = jnp.asarray(self.biases, jnp.float32)
-    if biases.shape != (checked.sequences.shape[0],):
-      raise ValueError(
-        f"sequence_bias.biases has shape {biases.shape} for {checked.sequences.shape[0]} sequences; "
-        "give one for each"
-      )
-    return dataclasses.replace(checked, biases=biases)
-
-  def is_off(self) -> bool:
-    """Whether all biases are 0."""
-    return all_equal(self.biases, 0)
-
-
-@transform("bad_words")
-class BadWords(_WithSequences):
-  """Never lets a sequence of tokens be completed.
-
-  Attributes:
-    sequences: of token ids, of any lengths.
-  """
-
-  sequences: Any = table()
-
-  def apply(self, logits_BV: jax.Array, state: State, context: Context) -> jax.Array:
-    """Bans the last token of each sequence that is all but complete."""
-    return self.biased(logits_BV, -jnp.inf, context)
-
-
 @transform("allowed_tokens")
-class AllowedTokens(_WithTokens):
+class AllowedTokens(WithTokens):
   """Bans all tokens but those listed.
 
   Attributes:
@@ -182,7 +48,7 @@ class AllowedTokens(_WithTokens):
 
 
 @transform("suppress_tokens")
-class SuppressTokens(_WithTokens):
+class SuppressTokens(WithTokens):
   """Bans tokens, always or at the beginning only.
 
   Attributes:
@@ -204,7 +70,7 @@ class SuppressTokens(_WithTokens):
 
 
 @transform("min_length")
-class MinLength(_WithTokens):
+class MinLength(WithTokens):
   """Bans tokens, such as the end of text, before a length.
 
   Attributes:
@@ -228,7 +94,7 @@ class MinLength(_WithTokens):
 
 
 @transform("max_length")
-class MaxLength(_WithTokens):
+class MaxLength(WithTokens):
   """Forces tokens, such as the end of text, where a length is reached.
 
   Attributes:
@@ -253,7 +119,7 @@ class MaxLength(_WithTokens):
 
 
 @transform("forced_tokens")
-class ForcedTokens(_WithTokens):
+class ForcedTokens(WithTokens):
   """Forces tokens at one position, such as the beginning of text.
 
   Attributes:
@@ -277,7 +143,7 @@ class ForcedTokens(_WithTokens):
 
 
 @transform("exponential_decay")
-class ExponentialDecay(_WithTokens):
+class ExponentialDecay(WithTokens):
   """Raises the logits of tokens, such as the end of text, ever faster: z += |z| (factor^n - 1).
 
   n counts the generated tokens beyond `start`. Rule as in transformers.
@@ -363,7 +229,7 @@ class ThinkingBudget(Transform):
   def commit(self, state: jax.Array, tokens_B: jax.Array, context: Context) -> jax.Array:
     """Counts the token, or opens or closes thinking by it."""
     end_K = self._end()
-    is_over_B = is_tail(end_K[None], tail(context.append(tokens_B), end_K.shape[0]))[:, 0]
+    is_over_B = is_tail(end_K[None], tail_after(context, tokens_B, end_K.shape[0]))[:, 0]
     opened_B = jnp.where(tokens_B == self.start, 0, -1)
     going_B = jnp.where(is_over_B & (state + 1 >= end_K.shape[0]), -1, state + 1)
     return jnp.where(state >= 0, going_B, opened_B)
@@ -378,7 +244,8 @@ class ThinkingBudget(Transform):
 
 def _forced(logits_BV: jax.Array, is_forced_B1: jax.Array, is_member_BV: jax.Array) -> jax.Array:
   forced_BV = jnp.where(is_member_BV, 0.0, -jnp.inf)
-  return jnp.where(is_forced_B1, forced_BV, logits_BV)
+  # A NaN stays, so that its row is still seen to be broken.
+  return jnp.where(is_forced_B1 & ~jnp.isnan(logits_BV), forced_BV, logits_BV)
 
 
 def is_looping(context: Context, most_period: int, repeats: int) -> jax.Array:

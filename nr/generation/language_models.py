@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nr.models import parameters
+from nr.models.cache import CacheSpec
 from nr.models.concept_intervention import ConceptIntervention
 from nr.models.partitioning import constrain
 from nr.names import unknown
@@ -109,6 +110,17 @@ class LanguageModel:
     """Returns a cache whose row b continues row `rows_B[b]`; any number of rows."""
     raise NotImplementedError
 
+  def fork_prompts(self, cache: Any, batch: int, num_samples: int, prompt_length: int) -> Any:
+    """Makes `num_samples` rows of each row that has just read its prompt, prompt-major.
+
+    Args:
+      cache: of `prefill`.
+      batch: number of prompts B.
+      num_samples: rows a prompt.
+      prompt_length: columns P of the prompts, padding included.
+    """
+    return self.fork(cache, jnp.repeat(jnp.arange(batch), num_samples))
+
   def rollback(self, cache: Any, forgotten_B: jax.Array) -> Any:
     """Forgets the last `forgotten_B` tokens of each row of an uneven cache."""
     raise NotImplementedError
@@ -162,6 +174,7 @@ class Network(LanguageModel):
     taps: blocks whose entering stream, read through the final norm and the output
       head, is offered as stream "layer_<block>" (early exits, DoLa).
     offers_hidden: whether the final-normed state is offered as hidden "last".
+    cache: layout of the key-value cache. In a paged one rows are always uneven.
   """
 
   graphdef: Any = dataclasses.field(metadata=dict(static=True))
@@ -170,6 +183,7 @@ class Network(LanguageModel):
   intervene_on: str = dataclasses.field(default="all", metadata=dict(static=True))
   taps: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
   offers_hidden: bool = dataclasses.field(default=False, metadata=dict(static=True))
+  cache: CacheSpec = dataclasses.field(default=CacheSpec(), metadata=dict(static=True))
 
   def model(self) -> nnx.Module:
     """Returns the module."""
@@ -216,7 +230,12 @@ class Network(LanguageModel):
 
   def init_cache(self, batch: int, capacity: int, *, uneven: bool = False) -> Any:
     """Makes an empty cache; see `LanguageModel`."""
-    return self.model().init_cache(batch, capacity, uneven=uneven)
+    uneven = uneven or self.cache.is_always_uneven
+    return self.model().init_cache(batch, capacity, uneven=uneven, layout=self.cache)
+
+  def prefill(self, prompts_BP, valid_BP, capacity, *, uneven=False):
+    """Reads prompts; see `LanguageModel`."""
+    return super().prefill(prompts_BP, valid_BP, capacity, uneven=uneven or self.cache.is_always_uneven)
 
   def extend(self, tokens_BL, cache, valid_BL=None, *, visible_BLL=None, read_B=None, is_prompt=False):
     """Reads new tokens; see `LanguageModel`."""
@@ -250,6 +269,13 @@ class Network(LanguageModel):
   def fork(self, cache: Any, rows_B: jax.Array) -> Any:
     """Gathers rows of the cache."""
     return self.model().fork(cache, rows_B)
+
+  def fork_prompts(self, cache: Any, batch: int, num_samples: int, prompt_length: int) -> Any:
+    """Makes rows of each prompt; with layout "shared_prefix" they read one copy of it."""
+    has_room = prompt_length < cache.capacity
+    if self.cache.layout == "shared_prefix" and num_samples > 1 and has_room:
+      return self.model().share_prefix(cache, num_samples, prompt_length)
+    return super().fork_prompts(cache, batch, num_samples, prompt_length)
 
   def rollback(self, cache: Any, forgotten_B: jax.Array) -> Any:
     """Shortens the rows of an uneven cache."""
@@ -432,6 +458,16 @@ class WithStreams(LanguageModel):
   def fork(self, cache: dict[str, Any], rows_B: jax.Array) -> dict[str, Any]:
     """Forks every cache."""
     return self._each(cache, lambda model, its: model.fork(its, rows_B))
+
+  def fork_prompts(self, cache: dict[str, Any], batch: int, num_samples: int, prompt_length: int) -> dict:
+    """Makes rows of each prompt in every cache."""
+
+    def forked(model: LanguageModel, its: Any, own_BP: jax.Array | None) -> Any:
+      length = prompt_length if own_BP is None else own_BP.shape[1]
+      return model.fork_prompts(its, batch, num_samples, length)
+
+    rest = {name: forked(each.model, cache[name], each.prompts_BP) for name, each in self.streams.items()}
+    return {"": forked(self.main, cache[""], None), **rest}
 
   def rollback(self, cache: dict[str, Any], forgotten_B: jax.Array) -> dict[str, Any]:
     """Shortens the rows of every cache."""

@@ -319,6 +319,15 @@ class ConceptMixingTransformer(nnx.Module):
     """Returns a cache whose row b continues row `rows_B[b]` of `cache`; any number of rows."""
     return ConceptMixingCache(*(caches.take_rows(part, rows_B) for part in cache))
 
+  def share_prefix(
+    self, cache: ConceptMixingCache, num_samples: int, prefix_length: int
+  ) -> ConceptMixingCache:
+    """Forks each row into `num_samples` that read one copy of its first `prefix_length` tokens."""
+    return ConceptMixingCache(
+      caches.share_prefix(cache.lower, num_samples, prefix_length),
+      caches.share_prefix(cache.upper, num_samples, self._rows_per_token * prefix_length),
+    )
+
   def rollback(self, cache: ConceptMixingCache, length: jax.Array) -> ConceptMixingCache:
     """Forgets all but the first `length` tokens (scalar, or [B] for an uneven cache)."""
     upper = caches.rollback(cache.upper, self._rows_per_token * jnp.asarray(length))

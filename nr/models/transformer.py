@@ -366,6 +366,13 @@ class Transformer(nnx.Module):
     """Returns a cache whose row b continues row `rows_B[b]` of `cache`; any number of rows."""
     return caches.take_rows(cache, rows_B)
 
+  def share_prefix(self, cache: Cache, num_samples: int, prefix_length: int) -> Cache:
+    """Forks each row into `num_samples` that read one copy of its first `prefix_length` slots.
+
+    See `nr.models.cache.share_prefix`.
+    """
+    return caches.share_prefix(cache, num_samples, prefix_length)
+
   def rollback(self, cache: Cache, length: jax.Array) -> Cache:
     """Forgets all but the first `length` slots (scalar, or [B] for an uneven cache)."""
     return caches.rollback(cache, length)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 
 from nr.models.cache.base import Cache
+from nr.models.cache.paged import PagedCache, make_paged
+from nr.models.cache.prefix import PrefixCache, share_prefix
 from nr.models.cache.ring import RingCache, make_ring
 from nr.models.cache.spec import CacheSpec
 from nr.models.cache.static import KVCache, make_static
@@ -19,12 +21,15 @@ __all__ = [
   "CacheSizes",
   "CacheSpec",
   "KVCache",
+  "PagedCache",
+  "PrefixCache",
   "RingCache",
   "count_tokens",
   "join_layers",
   "keep_path",
   "make_cache",
   "rollback",
+  "share_prefix",
   "take_layers",
   "take_rows",
 ]
@@ -70,8 +75,11 @@ def make_cache(
     raise ValueError(
       f"CacheSpec.layout={layout.layout!r}: every row has a free end of its own; pass uneven=True"
     )
-  make = {"static": make_static, "ring": make_ring, "shared_prefix": make_static}[layout.layout]
-  return make(sizes, layout, layout.dtype or dtype, stacked, uneven)
+  return _MAKERS[layout.layout](sizes, layout, layout.dtype or dtype, stacked, uneven)
+
+
+# A prefix is shared once it has been read, see `share_prefix`; until then the cache is static.
+_MAKERS = {"static": make_static, "ring": make_ring, "shared_prefix": make_static, "paged": make_paged}
 
 
 def take_rows(cache: Cache, rows_B: jax.Array) -> Cache:

@@ -108,22 +108,13 @@ class Cache:
 
   def take_layers(self, start: int, stop: int) -> Self:
     """Returns the cache of blocks `start` to `stop` (exclusive)."""
-    take = (lambda leaf: leaf[start:stop]) if self.is_stacked else None
-    keys, values = (
-      jax.tree.map(take, part) if take is not None else part[start:stop] for part in (self.keys, self.values)
-    )
+    keys, values = (storage.take_range(part, start, stop) for part in (self.keys, self.values))
     return dataclasses.replace(self, keys=keys, values=values)
 
   def with_layers(self, pieces: list[Self]) -> Self:
     """Returns this cache with the blocks of all pieces, one after the other."""
-    keys, values = (_join([getattr(piece, name) for piece in pieces]) for name in ("keys", "values"))
-    return dataclasses.replace(self, keys=keys, values=values)
-
-
-def _join(parts: list[Any]) -> Any:
-  if storage.is_stacked(parts[0]):
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-  return tuple(layer for part in parts for layer in part)
+    keys = storage.join([piece.keys for piece in pieces])
+    return dataclasses.replace(self, keys=keys, values=storage.join([piece.values for piece in pieces]))
 
 
 def advance(length: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:

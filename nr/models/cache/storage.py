@@ -132,6 +132,18 @@ def write_at(
   return jax.tree.map(write, stored, rows)
 
 
+def take_range(layers: Any, start: int, stop: int) -> Any:
+  """Returns the storage of blocks `start` to `stop` (exclusive)."""
+  return jax.tree.map(lambda leaf: leaf[start:stop], layers) if is_stacked(layers) else layers[start:stop]
+
+
+def join(parts: list[Any]) -> Any:
+  """Puts storages of consecutive blocks together; inverse of `take_range`."""
+  if is_stacked(parts[0]):
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+  return tuple(layer for part in parts for layer in part)
+
+
 def take_batch(layers: Any, rows_B: jax.Array) -> Any:
   """Gathers batch rows of the storage of N blocks."""
   axis = 1 if is_stacked(layers) else 0

@@ -72,6 +72,11 @@ def test_constraints_hold(run):
   assert re.fullmatch(r"[0-9]{2}\n", text)
   _, text, _ = run("--prompt=The answer is", "--choice= yes", "--choice= no")
   assert text.strip() in ("yes", "no")
+  # "Onc" ends inside a word; healing takes its last token back and goes on with a longer one.
+  _, text, _ = run("--prompt=Onc", "--greedy", "--heal")
+  assert "Onc".endswith(text[:1]) or text.startswith(("c", "nc", "Onc"))
+  code, text, _ = run("--prompt=a", "--prompt=Once", "--json", '--json-schema={"type": "boolean"}', "--heal")
+  assert code == 0
 
 
 def test_help_and_the_list_of_transforms_say_what_there_is(capsys):

@@ -133,7 +133,8 @@ class _Engine:
     longest_1P = jnp.zeros((1, max_prompt_tokens), jnp.int32)
     engine.model, engine.key = model, key
     engine.sampler = Greedy() if key is None else Gumbel()
-    engine.law, *_ = decoding.check_request(model, transforms, longest_1P, None, max_new_tokens)
+    decoding.check_request(model, transforms, longest_1P, None, max_new_tokens)
+    engine.law = _every_transform(transforms)
     stop = (stop or Stop()).prepared(1, max_new_tokens, model.vocab_size)
     engine.stop_1 = stop
     engine.stop = dataclasses.replace(stop, limits_B=jnp.zeros(slots, jnp.int32))
@@ -173,7 +174,7 @@ class _Engine:
       )
     if request.chain is None:
       return self.law, limit
-    law = chain(*(each.prepared() for each in chain(request.chain).transforms))
+    law = _every_transform(request.chain)
     if jax.tree.structure(law) != jax.tree.structure(self.law):
       mine, theirs = ([each.name for each in some.transforms] for some in (self.law, law))
       raise ValueError(
@@ -204,6 +205,11 @@ class _Engine:
     """Reads one slot."""
     length, *values = (np.asarray(value) for value in _read_slot(self.rows, slot))
     return Finished(number, request, *(value[: int(length)] for value in values), FINISH_REASONS[int(finish)])
+
+
+def _every_transform(law: Transform) -> Chain:
+  """Returns the chain checked, with the transforms that are off: another request may turn them on."""
+  return chain(*(each.prepared() for each in chain(law).transforms))
 
 
 def _buckets(longest: int) -> list[int]:

@@ -68,8 +68,8 @@ class JobSettings:
       raise ValueError(
         f"num_samples={self.num_samples}: beam search returns at most beam_width={self.beam_width} texts"
       )
-    if sum(map(bool, (self.heal, self.regex, self.json_schema, self.choice))) > 1:
-      raise ValueError("heal, regex, json_schema and choice constrain the same tokens: choose one")
+    if sum(map(bool, (self.regex, self.json_schema, self.choice))) > 1:
+      raise ValueError("regex, json_schema and choice constrain the same text: choose one")
 
 
 class Text(NamedTuple):
@@ -113,7 +113,7 @@ class Job:
     tokenizer = checkpoint.tokenizer
     self.ids = [self._encode(prompt) for prompt in self.prompts]
     end_ids = [] if settings.ignore_end else [tokenizer.end_of_text_id]
-    self.law = chain(law, *self._constraints(end_ids))
+    self.law = chain(law, *self._constraints())
     strings = None
     if settings.stop:
       from nr.generation.constraints.stop_strings import stop_strings
@@ -140,25 +140,40 @@ class Job:
     # Models may have more rows than their tokenizer has ids.
     return spelled + [None] * (self.checkpoint.network.vocab_size - len(spelled))
 
-  def _constraints(self, end_ids: list[int]) -> list:
+  def _constraints(self) -> list[Transform]:
+    """Returns the constraint of each prompt as one transform; takes healed tokens off the prompts."""
     settings = self.settings
-    if not (settings.regex or settings.json_schema or settings.choice or settings.heal):
+    is_constrained = settings.regex or settings.json_schema or settings.choice
+    if not (is_constrained or settings.heal):
       return []
-    from nr.generation.constraints import automaton, choices, healing, regular
+    from nr.generation.constraints import automaton, healing
 
-    spelled, ends = self._token_bytes(), [self.checkpoint.tokenizer.end_of_text_id]
+    spelled = self._token_bytes()
+    removed = [b""] * len(self.ids)
     if settings.heal:
       healed = [healing.heal(ids, spelled) for ids in self.ids]
-      self.ids = [list(ids) for ids, _ in healed]
-      return [automaton.Constrain(automaton.join([prefix for _, prefix in healed]), ends)]
+      self.ids, removed = [list(ids) for ids, _ in healed], [begin for _, begin in healed]
+    build = self._build if is_constrained else healing.prefix
+    built = {begin: build(begin, spelled) for begin in removed}
+    joined = automaton.join(list(built.values()))
+    which_B = np.array([list(built).index(begin) for begin in removed])
+    ends = [self.checkpoint.tokenizer.end_of_text_id]
+    return [automaton.Constrain(joined, ends, start=joined.start[which_B])]
+
+  def _build(self, begin: bytes, spelled: list) -> Any:
+    """Returns the automaton of the texts that are asked for, after bytes taken off the prompt."""
+    from nr.generation.constraints import choices, regular
+
+    settings = self.settings
     if settings.regex:
-      return [automaton.Constrain(regular.regex(settings.regex, spelled), ends)]
+      return regular.regex(settings.regex, spelled, after=begin)
     if settings.choice:
-      return [automaton.Constrain(choices.choices(settings.choice, spelled), ends)]
+      return choices.choices(settings.choice, spelled, after=begin)
     schema = settings.json_schema
-    if pathlib.Path(schema).is_file():
+    # A schema's text is no path; file names end before a brace could stand in them.
+    if "{" not in schema:
       schema = pathlib.Path(schema).read_text(encoding="utf-8")
-    return [automaton.Constrain(regular.json_schema(schema, spelled), ends)]
+    return regular.json_schema(schema, spelled, after=begin)
 
   def _quantized(self, network: Network) -> Network:
     if self.settings.quantize is None:

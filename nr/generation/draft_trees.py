@@ -78,6 +78,11 @@ class DraftTree:
     """Length of the longest draft."""
     return int(self.depths.max())
 
+  @property
+  def room(self) -> int:
+    """Slots that a round may take beyond the text, in any cache or history."""
+    return self.size + self.depth + 2
+
   @functools.cached_property
   def paths(self) -> np.ndarray:
     """Nodes [N + 1, depth + 1] from the root to each node, which then repeats."""

@@ -71,12 +71,11 @@ class ModelDrafter(Drafter):
 
   def init(self, prompts_BP, valid_BP, keys_R, max_new_tokens, num_samples, tree):
     """Reads the prompts."""
-    most_pending = self._most_pending(tree)
-    settings = dict(num_samples=num_samples, uneven=True, extra_tokens=tree.size + most_pending)
+    settings = dict(num_samples=num_samples, uneven=True, extra_tokens=tree.room)
     sizes = (prompts_BP, valid_BP, keys_R, max_new_tokens)
     begun = decoding.begin(self.model, self.chain, *sizes, **settings)
     rows = keys_R.shape[0]
-    pending_BA = jnp.zeros((rows, most_pending), jnp.int32)
+    pending_BA = jnp.zeros((rows, self._most_pending(tree)), jnp.int32)
     return _ModelState(begun.cache, begun.outputs, begun.state, pending_BA, jnp.zeros(rows, jnp.int32))
 
   def _most_pending(self, tree: DraftTree) -> int:

@@ -172,7 +172,7 @@ def _run(
   model, drafter, law, stop, prompts_BP, valid_BP, keys_R, *, tree, rule, max_new_tokens, num_samples
 ) -> SpeculativeGeneration:
   sizes = (prompts_BP, valid_BP, keys_R, max_new_tokens)
-  settings = dict(num_samples=num_samples, uneven=True, extra_tokens=tree.size + 1)
+  settings = dict(num_samples=num_samples, uneven=True, extra_tokens=tree.room)
   begun = decoding.begin(model, law, *sizes, **settings)
   drafting = drafter.init(*sizes, num_samples, tree) if tree.size else ()
   rows_R = jnp.repeat(jnp.arange(prompts_BP.shape[0]), num_samples)

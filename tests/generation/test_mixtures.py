@@ -114,12 +114,19 @@ def test_what_is_banned_stays_banned():
   assert subtracted[3] == subtracted[subtracted > -np.inf].max()
 
 
-def test_mix_of_a_stream_that_is_banned_throughout_is_no_number_but_off_rows_are():
-  seen = context(2)
-  seen.streams["expert"] = jnp.full((2, V), -jnp.inf)
-  out = run(chain(Mix({"expert": [0.0, 1.0]})).prepared(), jnp.zeros((2, V)), seen)
+def test_a_broken_stream_breaks_the_rows_that_read_it():
+  """Neither a stream without any token nor one that is no number may pass for an opinion."""
+  seen = context(4)
+  broken = jnp.stack([jnp.full(V, -jnp.inf), jnp.full(V, -jnp.inf), *jnp.full((2, V), jnp.nan)])
+  seen.streams["expert"] = broken
+  out = run(
+    chain(Mix({"expert": [0.0, 1.0, 0.0, -1.0]}, main=[1.0, 1.0, 2.0, 1.0])).prepared(),
+    jnp.zeros((4, V)),
+    seen,
+  )
   np.testing.assert_array_equal(out[0], 0.0)
-  np.testing.assert_array_equal(out[1], -np.inf)
+  np.testing.assert_allclose(out[2], -2 * np.log(V), atol=1e-6)
+  assert not np.isfinite(out[[1, 3]]).any()
 
 
 def test_mixtures_as_text():
@@ -173,7 +180,7 @@ MISTAKES = [
   (lambda: chain(KnnMix(Datastore(jnp.zeros((3, 2)), jnp.zeros(2)))).prepared(), "keys_MD"),
   (lambda: chain(KnnMix(STORE, neighbours=0)).prepared(), "neighbours=0"),
   (lambda: chain(ValueGuidance(head=(jnp.zeros((2, 3)), jnp.zeros(2)))).prepared(), "kernel"),
-  (lambda: build_datastore(toy.tiny_network(), np.zeros((2, 4))), "offers_hidden=True"),
+  (lambda: build_datastore(toy.TOY, np.zeros((2, 4))), "offers_hidden=True"),
   (lambda: contrastive_search(toy.TOY, toy.PROMPT, max_new_tokens=1), "hidden:last"),
 ]
 
@@ -220,7 +227,8 @@ def test_law_of_whole_texts_on_the_enumerable_chain():
 
 @functools.cache
 def network(kind: str, seed: int = 0):
-  return toy.tiny_network(kind, seed, network=dict(offers_hidden=True))
+  # One layer, but two where concepts come in between.
+  return toy.tiny_network(kind, seed, network=dict(offers_hidden=True), num_layers=1 + (kind == "concepts"))
 
 
 @functools.cache
@@ -245,19 +253,19 @@ def log_softmax(logits):
 
 
 def test_streams_with_prompts_and_models_of_their_own_equal_separate_passes():
-  """Guidance by another prompt and an expert of another kind, greedily, with a scale for each row."""
+  """Guidance by another prompt and another model, greedily, with a scale for each row."""
   kind = "transformer"
   prompts, valid = pad_prompts(PROMPTS)
   others = toy.random_prompts([9, 2, 4], seed=5)
   other_prompts, other_valid = map(jnp.asarray, pad_prompts(others))
   streams = {
     "unconditional": Stream(network(kind), other_prompts, other_valid),
-    "expert": Stream(network("concepts")),
+    "expert": Stream(network(kind, 7)),
   }
   scales = [1.5, 0.0, 3.0]
   law = chain(Guidance(scales), Mix({"expert": [0.5, 0.0, 1.0]}))
   out = sample(WithStreams(network(kind), streams), prompts, valid, chain=law, max_new_tokens=4)
-  reads, expert = reader(kind, 0), reader("concepts", 0)
+  reads, expert = reader(kind, 0), reader(kind, 7)
   for row, (prompt, other) in enumerate(zip(PROMPTS, others)):
     new = []
     for step in range(4):
@@ -435,7 +443,7 @@ def test_mistakes_of_candidate_scoring():
   with pytest.raises(ValueError, match="reads=0"):
     make(main, scorer, reads=0).check()
   with pytest.raises(ValueError, match="tokenizer"):
-    make(main, toy.tiny_network(vocab_size=16, network=dict(offers_hidden=True)), k=4).check()
+    make(main, Markov(jnp.zeros((5, 5)), hidden_CD={"last": jnp.zeros((5, 16))}), k=4).check()
   model = make(main, scorer, k=2)
   cache = model.init_cache(1, 8, uneven=True)
   with pytest.raises(ValueError, match="set reads"):

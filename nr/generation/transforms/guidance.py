@@ -1,8 +1,8 @@
 """Guidance by scores of candidate tokens: classifiers, class-conditional models, rewards and values.
 
 All but `Gedi` read one stream [B, V] that holds the score of the text so far with each
-candidate token behind it. -inf says that a token was not scored; such tokens are
-banned. `nr.generation.candidate_scoring.WithCandidateScores` offers such a stream for
+candidate token behind it. -inf (or NaN) says that a token was not scored; such tokens
+are banned. `nr.generation.candidate_scoring.WithCandidateScores` offers such a stream for
 the k most probable tokens, a model with a value for every token offers it for all.
 
 Each takes the most probable tokens before it adds scores. Strength 0 is the identity,
@@ -29,16 +29,15 @@ from nr.generation.transforms.algebra import (
   table,
   transform,
 )
+from nr.generation.transforms.thresholds import top_values
 
 LARGEST_RATIO = 1e4
 
 
 def is_among_top(logits_BV: jax.Array, count: int) -> jax.Array:
-  """Returns bool [B, V]: the `count` largest logits, ties all kept; all when `count` is 0 or V or more."""
-  if count <= 0 or count >= logits_BV.shape[-1]:
-    return logits_BV > -jnp.inf
-  threshold_B1 = jax.lax.top_k(logits_BV, count)[0][:, -1:]
-  return (logits_BV >= threshold_B1) & (logits_BV > -jnp.inf)
+  """Returns bool [B, V]: the `count` largest logits, ties all kept; all that are not banned when it is 0."""
+  is_open_BV = logits_BV > -jnp.inf
+  return is_open_BV & (logits_BV >= top_values(logits_BV, count)[:, -1:]) if count > 0 else is_open_BV
 
 
 def guide(
@@ -205,8 +204,8 @@ class Gedi(Transform):
 
       P(desired | text, v) = sigmoid(scale (l_1 + ... + l_{t-1} + l_t(v)) / t + bias)
 
-  Tokens of the prompt do not count: what the models said of them is not kept (our
-  choice; the authors' code counts them). The filter then drops the tokens with the
+  Only tokens that are generated under it count, since what the models said of those
+  before is not kept (our choice; the authors' code counts the prompt). The filter then drops the tokens with the
   smallest P(desired), as long as their share of the guided law stays below `mass` and
   P(desired) below `target`.
 

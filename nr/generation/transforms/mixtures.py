@@ -81,10 +81,12 @@ def mix(
   for name, weight in terms.items():
     weight_B1 = column(weight)
     its_BV = normalise(streams[name].astype(jnp.float32), axis=-1)
-    is_possible_BV = its_BV > -jnp.inf
+    # Not "> -inf": a NaN must come through, so that its row is seen to be broken.
+    is_possible_BV = its_BV != -jnp.inf
     least_B1 = jnp.where(is_possible_BV, its_BV, jnp.inf).min(axis=-1, keepdims=True)
     least_B1 = jnp.where(least_B1 < jnp.inf, least_B1, 0.0)
-    mixed_BV = mixed_BV + weight_B1 * jnp.where(is_possible_BV, its_BV, least_B1)
+    term_BV = weight_B1 * jnp.where(is_possible_BV, its_BV, least_B1)
+    mixed_BV = mixed_BV + jnp.where(weight_B1 == 0, 0.0, term_BV)
     is_kept_BV = is_kept_BV & (is_possible_BV | (weight_B1 <= 0))
     is_off_B1 = is_off_B1 & (weight_B1 == 0)
   return jnp.where(is_off_B1, logits_BV, keep(mixed_BV, is_kept_BV))

@@ -21,6 +21,7 @@ from nr.generation.transforms.algebra import (
   table,
   transform,
 )
+from nr.generation.transforms.thresholds import over_vocabulary, scattered
 
 
 class Datastore(NamedTuple):
@@ -196,9 +197,5 @@ class KnnMix(Transform):
     count = min(self.neighbours, self.datastore.values_M.shape[0])
     distances_BK, rows_BK = nearest(context.hidden[self.hidden], self.datastore.keys_MD, count, self.chunk)
     shares_BK = jax.nn.softmax(-distances_BK / column(self.temperature), axis=-1)
-    batch_B1 = jnp.arange(shares_BK.shape[0])[:, None]
-    values_BK = self.datastore.values_M[rows_BK]
-    shares_BV = (
-      jnp.zeros((shares_BK.shape[0], vocab_size)).at[batch_B1, values_BK].add(shares_BK, mode="drop")
-    )
-    return jnp.log(shares_BV)
+    nothing_BV = over_vocabulary(jnp.zeros((shares_BK.shape[0], vocab_size)))
+    return jnp.log(scattered(nothing_BV, self.datastore.values_M[rows_BK], shares_BK, "add"))

@@ -45,7 +45,9 @@ def assert_same(found, wanted):
 
 
 def test_rows_end_inside_a_run_of_accepted_drafts_where_sampling_would():
-  network = tiny_network()
+  # Drafts go beyond the last position that the model has learned.
+  most = PROMPTS.shape[1] + MAX_NEW - 1
+  network = tiny_network(positions="learned", max_length=most)
   law = chain(RepetitionPenalty(jnp.array([1.0, 1.3, 1.1])), NoRepeatNgram(2))
   settings = dict(chain=law, max_new_tokens=MAX_NEW)
   whole = Stop(jnp.array([13]), stop_strings([SPELLED[13] * 2], SPELLED), jnp.full(3, MAX_NEW))

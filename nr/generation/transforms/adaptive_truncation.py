@@ -53,8 +53,8 @@ class Xtc(Transform):
     return truncated(logits_BV, ~(is_on_B1 & is_top_BV & (logits_BV > least_B1)))
 
   def is_off(self) -> bool:
-    """Whether the probability is 0 everywhere."""
-    return all_equal(self.probability, 0)
+    """Whether the probability is 0 everywhere, or the threshold above 0.5."""
+    return all_equal(self.probability, 0) or all_equal(jnp.asarray(self.threshold) > 0.5, True)
 
 
 @transform("adaptive_p")

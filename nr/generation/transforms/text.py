@@ -111,6 +111,9 @@ def _text(value: Any, label: str) -> str:
       # The shortest digits that read back as the same float32.
       array = np.asarray(value)
       value = np.reshape([float(str(each)) for each in array.ravel()], array.shape).tolist()
+    elif value.ndim == 2:
+      # Sequences, which are padded with negative ids.
+      value = [[each for each in row if each >= 0] for row in np.asarray(value).tolist()]
     else:
       value = np.asarray(value).tolist()
   if isinstance(value, bool | str | None):

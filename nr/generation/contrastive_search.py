@@ -54,10 +54,9 @@ def contrastive_search(
 
   where h_v is the state of v read behind the text, and the h_j are the states of all
   tokens of the text. p is the law after the chain, which with no chain is the paper's;
-  transformers 4.46.3 also ranks processed probabilities. Unlike `_ranking_fast` there,
-  padding never counts as text, candidates that the chain banned are never taken, and
-  rows may have an alpha each. The prompt is read twice, the second time for the states
-  of all of its tokens.
+  transformers 4.46.3 also ranks processed probabilities. Here padding never counts as
+  text, candidates that the chain banned are never taken, and rows may have an alpha
+  each. The prompt is read twice, the second time for the states of all of its tokens.
 
   Source: arXiv:2202.06417.
 

@@ -413,7 +413,10 @@ class WithStreams(LanguageModel):
     return self.main.offers | {f"streams:{name}" for name in self.streams}
 
   def check(self) -> None:
-    """Raises ValueError for a stream with another vocabulary."""
+    """Raises ValueError for a stream with another vocabulary, and for what its members refuse."""
+    for member in (self.main, *(stream.model for stream in self.streams.values())):
+      if hasattr(member, "check"):
+        member.check()
     for name, stream in self.streams.items():
       if stream.model.vocab_size != self.vocab_size:
         raise ValueError(

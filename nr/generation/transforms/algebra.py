@@ -179,11 +179,21 @@ class Transform:
         raise ValueError(unknown(f"{self.name}.{name}", str(getattr(self, name)), map(str, choices)))
     converted = {}
     for name, value in self.row_parameters().items():
-      converted[name] = _checked(f"{self.name}.{name}", value, fields[name].metadata)
+      converted[name] = checked_value(f"{self.name}.{name}", value, fields[name].metadata)
     return dataclasses.replace(self, **converted)
 
 
-def _checked(label: str, value: Any, metadata: Any) -> jax.Array:
+def checked_value(label: str, value: Any, metadata: Any) -> jax.Array:
+  """Returns a parameter as an array of its declared type.
+
+  Args:
+    label: its name, for the message.
+    value: a number, or one a row.
+    metadata: of a field declared with `row`.
+
+  Raises:
+    ValueError: not a number, of another rank, or outside the bounds.
+  """
   if isinstance(value, jax.core.Tracer):
     return value
   try:

@@ -25,8 +25,8 @@ from nr.generation.transforms.algebra import (
   Parameter,
   State,
   Transform,
-  _checked,
   all_equal,
+  checked_value,
   column,
   keep,
   row,
@@ -182,7 +182,7 @@ class Mix(Mixture):
       raise ValueError(f"mix.weights={self.weights!r}: give weights by stream, as {{'amateur': -1.0}}")
     settings = dict(dtype=jnp.float32, bounds={})
     checked = {
-      name: _checked(f"mix.weights.{name}", weight, settings) for name, weight in self.weights.items()
+      name: checked_value(f"mix.weights.{name}", weight, settings) for name, weight in self.weights.items()
     }
     own = Transform.prepared(dataclasses.replace(self, weights={}))
     return dataclasses.replace(own, weights=checked)
@@ -286,6 +286,8 @@ class DExperts(Mixture):
 
   def weights_of(self) -> tuple[Parameter, dict[str, Parameter]]:
     """Returns 1, strength and -strength."""
+    if self.expert == self.anti_expert:
+      raise ValueError(f"dexperts.expert={self.expert!r} is the anti_expert too; name two streams")
     strength = _array(self.strength)
     return 1.0, {self.expert: strength, self.anti_expert: -strength}
 

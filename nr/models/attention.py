@@ -12,6 +12,7 @@ from nr.models.layers import RMSNorm, drop
 from nr.models.parameters import parameter, zeros_parameter
 from nr.models.partitioning import constrain, target_platform
 from nr.models.transformer_spec import TransformerSpec
+from nr.models.weight_quantization import contract
 
 QUERY_BLOCK = 128
 
@@ -203,7 +204,7 @@ class HeadProjection(nnx.Module):
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     """Projects, in the type of `x_BLD`."""
-    heads_BLHK = jnp.einsum("bld,dhk->blhk", x_BLD, self.kernel[...].astype(x_BLD.dtype))
+    heads_BLHK = contract("bld,dhk->blhk", x_BLD, self.kernel[...])
     return heads_BLHK if self.bias is None else heads_BLHK + self.bias[...].astype(x_BLD.dtype)
 
 
@@ -218,7 +219,7 @@ class OutputProjection(nnx.Module):
 
   def __call__(self, heads_BLHK: jax.Array) -> jax.Array:
     """Projects, in the type of `heads_BLHK`."""
-    x_BLD = jnp.einsum("blhk,hkd->bld", heads_BLHK, self.kernel[...].astype(heads_BLHK.dtype))
+    x_BLD = contract("blhk,hkd->bld", heads_BLHK, self.kernel[...])
     return x_BLD if self.bias is None else x_BLD + self.bias[...].astype(x_BLD.dtype)
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from nr.models.parameters import parameter, zeros_parameter
 from nr.models.partitioning import constrain
 from nr.models.transformer_spec import TransformerSpec
+from nr.models.weight_quantization import contract
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -80,7 +81,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns [..., outputs]."""
-    y = x @ self.kernel[...].astype(x.dtype)
+    y = contract("...i,io->...o", x, self.kernel[...])
     return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

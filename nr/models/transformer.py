@@ -26,6 +26,7 @@ from nr.models.layers import LayerNorm, Linear, Mlp, RMSNorm, drop, make_norm
 from nr.models.parameters import LAYERS, parameter
 from nr.models.partitioning import constrain
 from nr.models.transformer_spec import RotaryScaling, TransformerSpec
+from nr.models.weight_quantization import as_array, contract, look_up
 
 __all__ = [
   "AttentionInputs",
@@ -165,8 +166,10 @@ class Transformer(nnx.Module):
     spec, length = self.spec, tokens_BL.shape[1]
     # Whole rows on every device: a look-up in a table split along D would make the
     # partitioner copy the activations to every device before it splits them anew.
-    table_VD = constrain(self.token_embedding[...], "vocab", "activation_embed")
-    x_BLD = table_VD[tokens_BL].astype(spec.dtype)
+    table = jax.tree.map(
+      lambda leaf_VD: constrain(leaf_VD, "vocab", "activation_embed"), self.token_embedding[...]
+    )
+    x_BLD = look_up(table, tokens_BL).astype(spec.dtype)
     if spec.scale_embedding:
       x_BLD = x_BLD * jnp.asarray(spec.model_dim**0.5, spec.dtype)
     if self.position_embedding is not None:
@@ -296,12 +299,15 @@ class Transformer(nnx.Module):
   @property
   def unembedding_VD(self) -> jax.Array:
     """The output head [V, D]: the token embedding when tied."""
+    return as_array(self._head)
+
+  @property
+  def _head(self) -> Any:
     return self.token_embedding[...] if self.unembedding is None else self.unembedding[...]
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
     """Returns float32 logits [B, L, V] of final-normed hidden states [B, L, D]."""
-    head_VD = self.unembedding_VD.astype(x_BLD.dtype)
-    logits = jnp.einsum("...d,vd->...v", x_BLD, head_VD, preferred_element_type=jnp.float32)
+    logits = contract("...d,vd->...v", x_BLD, self._head, preferred=jnp.float32)
     if logits.ndim != 3:
       return logits
     return constrain(logits, "batch", "length", "activation_vocab")

@@ -121,6 +121,8 @@ def summarise_generate(rounds: dict, rows: int, new: int, parameter_bytes: int) 
   }
   for side in sides:
     if side != "jax":
+      pairs = zip(rounds["jax"], rounds[side])
+      summary[f"over_{side}_per_round"] = [theirs["whole"] / ours["whole"] for ours, theirs in pairs]
       summary[f"over_{side}"] = sides["jax"]["tokens_per_second"] / sides[side]["tokens_per_second"]
       summary[f"decode_over_{side}"] = (
         sides["jax"]["decode_tokens_per_second"] / sides[side]["decode_tokens_per_second"]

@@ -24,7 +24,11 @@ PAPERS = (
   ("NaturalReasoning", None),
   ("Self-Taught Evaluators", None),
   ("System 2 distillation", None),
-  ("From Decoding to Meta-Generation (survey of inference algorithms)", None),
+  (
+    "From Decoding to Meta-Generation, survey of inference algorithms "
+    "([2406.16838](https://arxiv.org/abs/2406.16838)): the token level",
+    "decoding",
+  ),
   ("Decoder-only speech translation", None),
   ("Noise-robust expressive speech-to-speech translation", None),
 )
@@ -33,7 +37,8 @@ PAPERS = (
 def paper_table() -> str:
   rows = ["| paper | command | measured | result file |", "| --- | --- | --- | --- |"]
   for paper, recipe in PAPERS:
-    rows.append(cocomix_row(paper) if recipe == "cocomix" else f"| {paper} | not built yet | | |")
+    writer = {"cocomix": cocomix_row, "decoding": decoding_row}.get(recipe)
+    rows.append(writer(paper) if writer else f"| {paper} | not built yet | | |")
   return "\n".join(rows)
 
 
@@ -49,6 +54,21 @@ def cocomix_row(paper: str) -> str:
   )
   command = "`python -m nr.main --config=configs/cocomix.py:seeds --workdir=runs/seeds`"
   return f"| {paper} | {command} | {measured} | [cocomix_seeds.json](benchmarks/results/cocomix_seeds.json) |"
+
+
+def decoding_row(paper: str) -> str:
+  sections = json.loads((RESULTS / "decode_cpu.json").read_text())["sections"]
+  shape = sections["generate"]["result"]["124M"]
+  ratios = shape["cases"]["batch 1"]["over_torch_eager_per_round"]
+  measured = (
+    f"tokens/s over `transformers` `generate` (eager) on the same 124M weights, batch 1, same tokens: "
+    f"{shape['cases']['batch 1']['over_torch_eager']:.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f}, "
+    f"{len(ratios)} rounds taking turns)"
+  )
+  command = (
+    "`python -m nr.generate --checkpoint=PATH --prompt='Once' -n 4 --chain='temperature(0.7)\\|top_p(0.9)'`"
+  )
+  return f"| {paper} | {command} | {measured} | [decode_cpu.json](benchmarks/results/decode_cpu.json) |"
 
 
 def tiny_table() -> str:
@@ -82,7 +102,12 @@ def speed_table() -> str:
   return text.replace("# ", "### ", 1).replace("\n## ", "\n#### ")
 
 
-SECTIONS = {"papers": paper_table, "tiny": tiny_table, "speed": speed_table}
+def decode_table() -> str:
+  text = (RESULTS / "decode_cpu.md").read_text().strip()
+  return text.replace("# ", "### ", 1).replace("\n## ", "\n#### ")
+
+
+SECTIONS = {"papers": paper_table, "tiny": tiny_table, "speed": speed_table, "decode": decode_table}
 
 
 def updated(text: str) -> str:

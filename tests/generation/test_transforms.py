@@ -36,6 +36,7 @@ from tests.generation.transform_cases import (
   by,
   committed,
   context_of,
+  each_transformed,
   empty,
   keep_sets,
   transformed,
@@ -166,10 +167,9 @@ def test_ties_are_kept_or_dropped_together(implementation):
     Typical: (masses, (nearer * probs[:, None, :]).sum(-1) < masses[:, None]),
     TopH: (masses, (grown <= masses[:, None] * entropies) | (logits == logits.max(1, keepdims=True))),
   }
-  context = empty(48)
-  for cls, (values, is_kept) in wanted.items():
-    found = np.asarray(transformed(by(cls(values), implementation), logits, context))
-    np.testing.assert_array_equal(found > -np.inf, is_kept & live, err_msg=cls.name)
+  cases = [by(cls(values), implementation) for cls, (values, _) in wanted.items()]
+  for cls, found in zip(wanted, each_transformed(cases, [logits] * 4, [empty(48)] * 4)):
+    np.testing.assert_array_equal(np.asarray(found) > -np.inf, wanted[cls][1] & live, err_msg=cls.name)
 
 
 def test_greedy_takes_the_lowest_id_of_equals():
@@ -221,7 +221,7 @@ def test_loops_are_found():
       len(tokens) >= p * repeats and tokens[-p * repeats :] == tokens[-p:] * repeats for p in periods
     )
 
-  for most, repeats in [(3, 2), (2, 3), (4, 3), (50, 2)]:
+  for most, repeats in [(2, 3), (50, 2)]:
     wanted = [loops(history[count:], most, repeats) for history, count in zip(histories, prompts)]
     assert 0 < sum(wanted) < 300
     found = jax.jit(is_looping, static_argnums=(1, 2))(context, most, repeats)
@@ -273,7 +273,7 @@ def test_marks_are_found_by_their_key_alone(name):
 
 def test_a_repeated_mark_counts_once():
   texts = jnp.array([[1, 2, 3, 1, 2, 3, 1, 2, 3, 1], [1, 2, 3, 1, 0, 0, 0, 0, 0, 0]])
-  scores = GreenList().prepared().detect(texts, jnp.array([10, 4]))
+  scores = jax.jit(GreenList.detect)(GreenList().prepared(), texts, jnp.array([10, 4]))
   assert scores[0] == scores[1]
 
 

@@ -16,7 +16,8 @@ def context_of(histories, prompts=0, capacity=None) -> Context:
   for row, history in enumerate(histories):
     tokens[row, : len(history)] = history
   prompts = np.broadcast_to(np.asarray(prompts, np.int32), lengths.shape)
-  keys = jax.random.split(jax.random.key(0), len(histories))
+  # Numbers of its own, which no program has to be compiled for.
+  keys = jax.random.wrap_key_data(np.random.default_rng(0).integers(0, 2**32, (len(lengths), 2), np.uint32))
   return Context(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(prompts), keys)
 
 
@@ -29,6 +30,12 @@ def empty(batch: int) -> Context:
 def transformed(transform, logits_BV, context) -> jax.Array:
   """Returns what a transform makes of logits behind a history."""
   return transform.apply(logits_BV, transform.init(context, logits_BV.shape[1]), context)
+
+
+@jax.jit
+def each_transformed(transforms, logits, contexts) -> list[jax.Array]:
+  """Returns `transformed` of several cases, all in one program."""
+  return [transformed(*case) for case in zip(transforms, logits, contexts, strict=True)]
 
 
 @jax.jit

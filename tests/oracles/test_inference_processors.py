@@ -1,5 +1,7 @@
 """Random laws and histories against the processors of `transformers`, live."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -28,7 +30,7 @@ from nr.generation.transforms import (  # noqa: E402
   chain,
   from_settings,
 )
-from tests.generation.transform_cases import by, context_of, transformed  # noqa: E402
+from tests.generation.transform_cases import by, context_of, each_transformed, transformed  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -101,19 +103,26 @@ def agree(found, wanted):
   np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@functools.cache
+def ours():
+  """Returns what all transforms make of the same logits, by name and implementation."""
+  cases = {(name, way): by(pair[0], way) for name, pair in TRUNCATIONS.items() for way in ("sort", "search")}
+  cases |= {name: pair[0].prepared() for name, pair in OTHERS.items()}
+  count = len(cases)
+  return dict(zip(cases, each_transformed(list(cases.values()), [Z] * count, [CONTEXT] * count)))
+
+
 @pytest.mark.parametrize("implementation", ["sort", "search"])
 @pytest.mark.parametrize("name", TRUNCATIONS)
 def test_truncations(name, implementation):
-  ours, processor = TRUNCATIONS[name]
-  wanted = theirs([processor()])
+  wanted = theirs([TRUNCATIONS[name][1]()])
   assert (wanted == -np.inf).any() and (wanted > -np.inf).any(axis=1).all()
-  agree(transformed(by(ours, implementation), Z, CONTEXT), wanted)
+  agree(ours()[name, implementation], wanted)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_processors(name):
-  ours, processor = OTHERS[name]
-  agree(transformed(ours.prepared(), Z, CONTEXT), theirs([processor()]))
+  agree(ours()[name], theirs([OTHERS[name][1]()]))
 
 
 def test_forced_beginning_and_suppression_at_the_beginning():

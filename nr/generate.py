@@ -78,6 +78,11 @@ def make_parser() -> argparse.ArgumentParser:
     "--choice", action="append", default=[], help="only one of these texts; may be repeated"
   )
   driver = parser.add_argument_group("how")
+  driver.add_argument(
+    "--cache",
+    default="static",
+    help="keys and values: static, int8, shared_prefix (for -n), ring:W (last W tokens)",
+  )
   driver.add_argument("--beam-width", type=int, default=0, help="beam search with so many beams")
   driver.add_argument("--length-penalty", type=float, default=0.0, help="of beam search, power of the length")
   driver.add_argument("--draft", help="speculate: 'ngram', 'layers:K' (early exit), or a checkpoint")

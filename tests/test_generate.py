@@ -32,6 +32,8 @@ def test_greedy_text_streams_and_is_told_with_rates(run):
   assert run(*GREEDY, "--stream")[1] == text
   drafted = run(*GREEDY, "--draft=ngram")[1]
   assert drafted == text and run(*GREEDY, "--draft=layers:3")[1] == text
+  assert run(*GREEDY, "--cache=ring:64")[1] == text
+  assert run(*GREEDY, "--quantize=int8", "--cache=int8")[0] == 0
 
 
 def test_samples_as_json_with_log_probabilities(run):
@@ -98,6 +100,7 @@ def test_help_and_the_list_of_transforms_say_what_there_is(capsys):
     ((*GREEDY, "--beam-width=2", "--draft=ngram"), "choose one"),
     ((*GREEDY, "--beam-width=2", "-n", "3"), "at most beam_width=2"),
     ((*GREEDY, "--chat"), "carries no chat template"),
+    ((*GREEDY, "--cache=ringg:3"), "cache='ringg:3' is unknown"),
     ((*GREEDY, "--draft=ngrm"), "did you mean 'ngram'"),
     ((*GREEDY, "--max-new-tokens=0"), "max_new_tokens=0: give at least 1"),
     (("--prompt-file=/nowhere.txt",), "nowhere.txt"),

@@ -195,7 +195,7 @@ def begin(
   tokens_BS = jnp.pad(tokens_BP, ((0, 0), (0, max_new_tokens + extra_tokens)))
   rows_R = jnp.repeat(jnp.arange(batch), num_samples)
   if num_samples > 1:
-    cache = model.fork(cache, rows_R)
+    cache = model.fork_prompts(cache, batch, num_samples, length)
     outputs = jax.tree.map(lambda leaf: jnp.take(leaf, rows_R, axis=0), outputs)
   context = Context(tokens_BS[rows_R], lengths_B[rows_R], lengths_B[rows_R], keys_R)
   return Decoding(cache, outputs, context, law.take(rows_R).init(context, model.vocab_size))

@@ -14,6 +14,7 @@ from nr.generation.language_models import Network
 from nr.generation.stopping import FINISH_REASONS, Stop
 from nr.generation.transforms.algebra import Transform, chain
 from nr.generators.checkpoints import Checkpoint, open_checkpoint
+from nr.models.cache import CacheSpec
 from nr.names import unknown
 
 
@@ -34,6 +35,8 @@ class JobSettings:
     json_schema: only JSON that this schema (text, or path of a file) allows.
     choice: only one of these texts.
     quantize: "int8", "int4" or None: bits of the weights.
+    cache: "static", "int8" (quantised), "shared_prefix" (samples read one copy of the
+      prompt) or "ring:W" (the last W tokens only): how keys and values are kept.
     beam_width: beam search with so many beams; 0: sampling.
     length_penalty: of beam search, power of the length.
     draft: "ngram", "layers:K", a checkpoint, or None: speculative decoding.
@@ -54,6 +57,7 @@ class JobSettings:
   json_schema: str | None = None
   choice: tuple[str, ...] = ()
   quantize: str | None = None
+  cache: str = "static"
   beam_width: int = 0
   length_penalty: float = 0.0
   draft: str | None = None
@@ -121,7 +125,8 @@ class Job:
       strings = stop_strings(settings.stop, self._token_bytes())
     self.stop = Stop(ids_E=end_ids or None, strings=strings)
     self.key = None if settings.greedy else jax.random.key(settings.seed)
-    self.network = self._quantized(checkpoint.network)
+    network = dataclasses.replace(checkpoint.network, cache=parse_cache(settings.cache))
+    self.network = self._quantized(network)
 
   def _encode(self, prompt: str) -> list[int]:
     tokenizer = self.checkpoint.tokenizer
@@ -275,6 +280,22 @@ class Job:
         f"draft={self.settings.draft} reads another tokenizer than the model; choose a draft with the same"
       )
     return ModelDrafter(draft.network)
+
+
+def parse_cache(text: str) -> CacheSpec:
+  """Returns the cache layout that "static", "int8", "shared_prefix" or "ring:W" names.
+
+  Raises:
+    ValueError: none of them.
+  """
+  kind, _, window = text.partition(":")
+  if kind == "int8" and not window:
+    return CacheSpec(quantization="int8")
+  if kind == "ring" and window.isdigit():
+    return CacheSpec(layout="ring", window=int(window))
+  if text not in ("static", "shared_prefix"):
+    raise ValueError(unknown("cache", text, ["static", "int8", "shared_prefix", "ring:W"]))
+  return CacheSpec(layout=text)
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:

@@ -139,7 +139,7 @@ def test_proofs_are_tests():
         ours = row["**nr**"]
         assert all(target.startswith("../tests/") for target in LINK.findall(ours)), row
         assert LINK.search(ours) or re.fullmatch(r"– \([a-z]\)", ours), row
-        assert all(f"\n{note}. " in text for note in re.findall(r"\(([a-z])\)", ours)), row
+        assert all(f"\n- {note}. " in text for note in re.findall(r"\(([a-z])\)", ours)), row
         assert all(value in ("Y", "p", "h", "–") for value in list(row.values())[2:]), row
         peers += 1
   assert algorithms > 70 and peers == 43

@@ -66,7 +66,6 @@ class _Settings(NamedTuple):
   max_new_tokens: int
   normalization: str
   is_sampling: bool
-  num_return: int
 
 
 class _Rules(NamedTuple):
@@ -194,11 +193,10 @@ def beam_search(
     max_new_tokens=max_new_tokens,
     normalization=normalization,
     is_sampling=sampling,
-    num_return=beam_width if num_return is None else num_return,
   )
-  keys_R = decoding.row_keys(key, row_ids_B, batch, beam_width)
   rules = _Rules(model, law, stop, constraints, *penalties, jnp.int32(STOP_RULES.index(stop_rule)))
-  return _search(settings, rules, prompts_BP, valid_BP, keys_R)
+  beams = _search(settings, rules, prompts_BP, valid_BP, key, row_ids_B)
+  return jax.tree.map(lambda leaf: leaf[:, :num_return] if leaf.ndim else leaf, beams)
 
 
 def _check(beam_width, num_groups, num_return, normalization, stop_rule, sampling, key, constraints) -> None:
@@ -226,7 +224,7 @@ def _of_prompts(name: str, value: jax.Array | float, batch: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _search(settings: _Settings, rules: _Rules, prompts_BP, valid_BP, keys_R) -> Beams:
+def _search(settings: _Settings, rules: _Rules, prompts_BP, valid_BP, key, row_ids_B) -> Beams:
   """The whole search."""
   batch, total = prompts_BP.shape[0], settings.num_groups * settings.width
   rows_R = jnp.repeat(jnp.arange(batch), total)
@@ -235,7 +233,7 @@ def _search(settings: _Settings, rules: _Rules, prompts_BP, valid_BP, keys_R) ->
     rules.law,
     prompts_BP,
     valid_BP,
-    keys_R,
+    decoding.row_keys(key, row_ids_B, batch, total),
     settings.max_new_tokens,
     num_samples=total,
     extra_tokens=0 if rules.constraints is None else rules.constraints.lookahead,
@@ -385,7 +383,7 @@ def _read(settings: _Settings, loop: _Loop) -> Beams:
   flat, groups_BK = jax.tree.map(
     lambda leaf: leaf.reshape(leaf.shape[0], -1, *leaf.shape[3:]), (loop.ended, groups_BGW)
   )
-  picked_BK = beam_selection.top_k(flat.scores_BW, settings.num_return)[1]
+  picked_BK = beam_selection.top_k(flat.scores_BW, flat.scores_BW.shape[1])[1]
   flat, groups_BK = jax.tree.map(lambda leaf: beam_selection.picked(leaf, picked_BK), (flat, groups_BK))
   is_real_BK = flat.scores_BW > -jnp.inf
   return Beams(

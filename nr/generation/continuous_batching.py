@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nr.generation import decoding
-from nr.generation.language_models import LanguageModel
+from nr.generation.language_models import LanguageModel, Network, WithStreams
 from nr.generation.rows import Rows, advance, open_rows
 from nr.generation.sample import generated_tokens
 from nr.generation.samplers import Greedy, Gumbel
@@ -99,6 +99,7 @@ def serve(
   """
   if slots < 1 or (tokens_per_call is not None and tokens_per_call < 1):
     raise ValueError(f"slots={slots}, tokens_per_call={tokens_per_call}: give at least 1 of each")
+  _check_model(model)
   engine = _Engine.make(model, key, chain, stop, slots, max_prompt_tokens, max_new_tokens)
   waiting, running = enumerate(requests), {}
   is_drained = False
@@ -119,6 +120,16 @@ def serve(
     finish_R = engine.finish_codes()
     for slot in [slot for slot in running if finish_R[slot] != RUNNING]:
       yield engine.harvest(slot, *running.pop(slot), finish_R[slot])
+
+
+def _check_model(model: LanguageModel) -> None:
+  """Refuses models whose rows cannot be exchanged one by one."""
+  streams = model.streams.values() if isinstance(model, WithStreams) else ()
+  for member in (model.main if isinstance(model, WithStreams) else model, *(each.model for each in streams)):
+    if isinstance(member, Network) and member.cache.layout == "paged":
+      raise ValueError("CacheSpec.layout='paged': its pages belong to all rows; serve with another layout")
+  if any(stream.prompts_BP is not None for stream in streams):
+    raise ValueError("serve: a stream has prompts of its own; requests bring theirs, so leave prompts_BP out")
 
 
 class _Engine:

@@ -136,6 +136,9 @@ class LanguageModel:
     """
     raise NotImplementedError
 
+  def check_drafts(self, count: int) -> None:
+    """Raises ValueError when its cache cannot take back `count` tokens."""
+
   def take(self, rows_B: jax.Array) -> Self:
     """Returns the model with what belongs to rows (interventions, prompts of streams) gathered."""
     return self
@@ -227,6 +230,14 @@ class Network(LanguageModel):
       set(self.taps)
     ):
       raise ValueError(f"taps={self.taps}: give increasing blocks in 1..{self.spec.num_layers - 1}")
+
+  def check_drafts(self, count: int) -> None:
+    """Raises ValueError for a ring that overwrites what `count` refused drafts would need again."""
+    if self.cache.layout == "ring" and self.cache.slack < count:
+      raise ValueError(
+        f"CacheSpec.slack={self.cache.slack}: {count} drafts may be taken back; give a ring as much slack, "
+        "or draft less"
+      )
 
   def init_cache(self, batch: int, capacity: int, *, uneven: bool = False) -> Any:
     """Makes an empty cache; see `LanguageModel`."""
@@ -423,6 +434,11 @@ class WithStreams(LanguageModel):
           f"stream {name!r} has a vocabulary of {stream.model.vocab_size}, the main model of "
           f"{self.vocab_size}; streams must share the main model's tokenizer"
         )
+
+  def check_drafts(self, count: int) -> None:
+    """Asks every member."""
+    for member in (self.main, *(stream.model for stream in self.streams.values())):
+      member.check_drafts(count)
 
   def init_cache(self, batch: int, capacity: int, *, uneven: bool = False) -> dict[str, Any]:
     """Makes a cache for each model."""

@@ -143,6 +143,7 @@ def speculative(
   tree = drafter.tree(draft_length)
   rule = ("greedy" if key is None else "token") if rule is None else rule
   check_rule(rule, tree)
+  model.check_drafts(len(tree.parents))
   if key is None and rule != "greedy":
     raise ValueError(f"key: rule={rule!r} draws at random; give a random key, or rule='greedy'")
   _check_tokenizers(model, drafter, fingerprints)

@@ -8,9 +8,11 @@ import pytest
 
 from nr.generation.continuous_batching import Request, serve
 from nr.generation.decoding import pad_prompts
+from nr.generation.language_models import Stream, WithStreams
 from nr.generation.sample import sample
 from nr.generation.stopping import Stop
 from nr.generation.transforms.algebra import Transform, chain, column, row, transform
+from nr.models.cache import CacheSpec
 from tests.generation import toy
 
 
@@ -78,3 +80,15 @@ def test_short_requests_overtake_long_ones_and_an_endless_stream_is_served():
 def test_bad_requests_are_named(request_, message):
   with pytest.raises(ValueError, match=message):
     list(serve(toy.tiny_network(), [request_], None, **SIZES))
+
+
+def test_models_whose_rows_cannot_be_exchanged_are_refused():
+  paged = CacheSpec(layout="paged", page_size=4, num_pages=32)
+  network = toy.tiny_network()
+  streams = WithStreams(network, {"other": Stream(network, np.zeros((1, 2), np.int32))})
+  for model, message in (
+    (toy.tiny_network(network=dict(cache=paged)), "another layout"),
+    (streams, "leave prompts_BP out"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      list(serve(model, [Request([1])], None, **SIZES))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nr.generation.transforms import parse
+from nr.generation.transforms import chain, parse
+from nr.generation.transforms.thresholds import is_search
 from nr.models.partitioning import shard_count
 from nr.training import sharding
-from tests.generation.transform_cases import context_of
+from tests.generation.transform_cases import by, context_of
 
 B, V = 4, 512
 LOGITS = np.random.default_rng(0).normal(0, 2.5, (B, V)).astype(np.float32)
@@ -41,7 +42,7 @@ def step(law, logits_BV, context):
 def test_chains_on_a_sharded_vocabulary(text, data):
   law = parse(text).prepared()
   context = context_of(HISTORY, prompts=5, capacity=16)
-  plain = jax.jit(step)(law, LOGITS, context)
+  plain = jax.jit(step)(chain(*(by(each, "sort") for each in law.transforms)), LOGITS, context)
   mesh = sharding.make_mesh(dict(data=data, fsdp=1, tensor=4, sequence=1), jax.devices()[: 4 * data])
   with sharding.context(mesh):
     assert shard_count("activation_vocab") == 4
@@ -71,5 +72,12 @@ def test_the_check_sees_a_gather():
   assert gathered(program)
 
 
-def test_without_a_mesh_nothing_is_cut():
+def test_the_way_is_chosen_by_size_and_sharding():
   assert shard_count("activation_vocab") == 1
+  assert [is_search(way, size) for way in ("auto", "sort", "search") for size in (50, 50_000)] == [
+    *(False, True),
+    *(False, False),
+    *(True, True),
+  ]
+  with sharding.context(sharding.make_mesh(dict(data=2, fsdp=1, tensor=4, sequence=1))):
+    assert is_search("auto", 50) and not is_search("sort", 50)

@@ -243,3 +243,10 @@ def test_mistakes_are_answered():
   for settings, drafter, message in cases:
     with pytest.raises(ValueError, match=message):
       speculative(TOY, drafter, PROMPT, **{"max_new_tokens": 3, **settings})
+
+
+def test_a_ring_without_room_to_take_drafts_back_is_refused():
+  ring = CacheSpec(layout="ring", window=4, slack=3)
+  network = tiny_network(num_layers=1, network=dict(cache=ring))
+  with pytest.raises(ValueError, match="slack=3: 4 drafts may be taken back"):
+    speculative(network, NgramDrafter(), jnp.ones((1, 4), int), max_new_tokens=4, draft_length=4)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-
 from nr.generation.beam_search import beam_search
 from nr.generation.constraints.automaton import Constrain, anything, join
 from nr.generation.constraints.choices import choices
@@ -25,6 +24,7 @@ from nr.generation.potentials import TokenCount
 from nr.generation.sample import sample
 from nr.generation.samplers import Replay
 from nr.generation.speculative import speculative
+from nr.generation.stochastic_beam_search import stochastic_beam_search
 from nr.generation.stopping import Stop
 from nr.generation.transforms import (
   Dry,
@@ -171,7 +171,7 @@ def test_all_texts_drawn_without_replacement_have_the_law(laws):
     stop=STOP,
   )
   tokens, lengths = np.asarray(drawn.tokens_BKN), np.asarray(drawn.lengths_BK)
-  probabilities = np.exp(np.asarray(drawn.log_probs_BK, np.float64))
+  probabilities = np.exp(np.asarray(drawn.transformed_log_probs_BK, np.float64))
   for case, expected in enumerate(laws):
     found = {
       tuple(row[:length]): p for row, length, p in zip(tokens[case], lengths[case], probabilities[case])

@@ -10,7 +10,8 @@ a row has one threshold. Two ways lead to it:
   vocabulary is cut over devices these sums cross them as [B] numbers, while a sort
   would first gather all logits on each.
 
-`auto` searches where the vocabulary is sharded and sorts elsewhere.
+`auto` searches where the vocabulary is sharded or larger than a few hundred tokens,
+from where on sorting was the slower of the two on CPU; it sorts elsewhere.
 """
 
 from collections.abc import Callable
@@ -24,15 +25,19 @@ from nr.models.partitioning import constrain, shard_count
 
 VOCABULARY = "activation_vocab"
 
+# Vocabularies up to here are sorted by `auto`.
+SMALL = 256
+
 
 def implementation() -> Any:
   """Declares the setting of a truncation that picks how its threshold is found."""
   return static("auto", ("auto", "sort", "search"))
 
 
-def is_search(implementation: str) -> bool:
-  """Whether to search, given the setting and the sharding that is being traced under."""
-  return implementation == "search" or (implementation == "auto" and shard_count(VOCABULARY) > 1)
+def is_search(implementation: str, size: int) -> bool:
+  """Whether to search, given the setting, V, and the sharding that is being traced under."""
+  is_better = size > SMALL or shard_count(VOCABULARY) > 1
+  return implementation == "search" or (implementation == "auto" and is_better)
 
 
 def over_vocabulary(x_BV: jax.Array) -> jax.Array:
@@ -111,7 +116,7 @@ def keep_most(scores_BV: jax.Array, counts_B1: jax.Array | int, implementation: 
   if isinstance(counts_B1, int) and counts_B1 == 1:
     return scores_BV >= scores_BV.max(axis=-1, keepdims=True)
   counts_B1 = jnp.broadcast_to(jnp.asarray(counts_B1, jnp.int32), (batch, 1))
-  if is_search(implementation):
+  if is_search(implementation, scores_BV.shape[1]):
     bits_BV = ordered_bits(scores_BV)
     return bits_BV >= bisect(lambda t: (bits_BV >= t).sum(axis=-1, keepdims=True) >= counts_B1, batch)
   sorted_BV = jnp.sort(scores_BV, axis=-1, descending=True)
@@ -141,7 +146,7 @@ def keep_first(
   Returns:
     bool [B, V].
   """
-  if is_search(implementation):
+  if is_search(implementation, scores_BV.shape[1]):
     bits_BV = ordered_bits(scores_BV)
 
     def is_reached(thresholds_B1: jax.Array) -> jax.Array:

@@ -264,7 +264,7 @@ class TopH(Transform):
       live_BV = truncated(logits_BV, keep_most(logits_BV, 100, self.implementation))
     log_probs_BV = jax.nn.log_softmax(live_BV, axis=-1)
     bounds_B1 = column(self.alpha) * entropy(log_probs_BV)
-    if is_search(self.implementation):
+    if is_search(self.implementation, logits_BV.shape[1]):
       bits_BV = ordered_bits(log_probs_BV)
 
       def is_beyond(thresholds_B1: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ from nr.generation.transforms import (
 )
 from nr.generation.transforms.algebra import Context
 from nr.generation.transforms.mixtures import ContrastiveDecoding
+from nr.models.cache import CacheSpec
 from nr.models.concept_intervention import concept_intervention
 from tests.generation.toy import DRAFT, PROMPT, TOY, random_prompts, tiny_network
 

@@ -46,6 +46,9 @@ class PagedView(NamedTuple):
       for old, new in zip(stored, (key_BLJK, value_BLJK))
     )
     keys, values = (jax.tree.map(lambda leaf: self._gather(leaf, layer), part) for part in stored)
+    # What stands in unseen places may be another row's NaN, which a weight of 0 would not undo.
+    is_seen_BS = self.mask_BLS.any(axis=1)
+    values = jax.tree.map(lambda leaf: jnp.where(_over(is_seen_BS, leaf), leaf, 0), values)
     mixed_BLHK, _ = storage.attend(query_BLHK, keys, values, self.mask_BLS)
     return jnp.where(self.has_failed_B[:, None, None, None], jnp.nan, mixed_BLHK), stored
 
@@ -54,6 +57,11 @@ class PagedView(NamedTuple):
     pages = leaf[self.table_BP] if layer is None else leaf[layer, self.table_BP]
     pages = jnp.moveaxis(pages, 1, 2)
     return pages.reshape(*pages.shape[:2], -1, *pages.shape[4:])
+
+
+def _over(is_seen_BS: jax.Array, leaf: jax.Array) -> jax.Array:
+  """Gives [B, S] the axes of a leaf [B, J, S, ...]."""
+  return is_seen_BS.reshape(is_seen_BS.shape[0], 1, -1, *(1,) * (leaf.ndim - 3))
 
 
 @jax.tree_util.register_dataclass

@@ -6,8 +6,8 @@ from nr.names import unknown
 from nr.spec import Spec
 
 LAYOUTS = ("static", "ring", "shared_prefix", "paged")
-QUANTIZATIONS = (None, "int8")
-DTYPES = (None, "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8",)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,9 @@ class CacheSpec(Spec):
 
   def __post_init__(self):
     for name, choices in dict(layout=LAYOUTS, quantization=QUANTIZATIONS, dtype=DTYPES).items():
-      if getattr(self, name) not in choices:
-        raise ValueError(unknown(f"CacheSpec.{name}", getattr(self, name), choices))
+      value = getattr(self, name)
+      if value not in choices and (value is not None or name == "layout"):
+        raise ValueError(unknown(f"CacheSpec.{name}", value, choices))
     self._require_size("window", 1, "ring")
     self._require_size("num_pages", 1, "paged")
     if not isinstance(self.slack, int) or self.slack < 0 or (self.slack and self.layout != "ring"):

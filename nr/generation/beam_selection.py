@@ -119,8 +119,10 @@ def best_of(ended: Ended, count: int) -> Ended:
 
 
 def picked(leaf_BM: jax.Array, picked_BW: jax.Array) -> jax.Array:
-  """Gathers along the second axis of an array with any further axes."""
-  return jnp.take_along_axis(leaf_BM, picked_BW.reshape(*picked_BW.shape, *(1,) * (leaf_BM.ndim - 2)), axis=1)
+  """Gathers along the second axis of an array with any further axes, by indices that are never outside."""
+  # Without the checks of an ordinary gather, which make up a good part of the program.
+  inside = dict(mode="promise_in_bounds", wrap_negative_indices=False)
+  return jax.vmap(lambda leaf_M, picked_W: leaf_M.at[picked_W].get(**inside))(leaf_BM, picked_BW)
 
 
 def nothing_ended(

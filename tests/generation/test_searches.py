@@ -12,7 +12,7 @@ from nr.generation.best_first import best_first_search
 from nr.generation.decoding import pad_prompts
 from nr.generation.language_models import Markov, Stream, WithStreams
 from nr.generation.stochastic_beam_search import conditional_perturbations, stochastic_beam_search
-from nr.generation.stopping import DEAD_END, Stop
+from nr.generation.stopping import Stop
 from nr.generation.transforms.algebra import chain
 from tests.generation import toy
 from tests.generation.searching import END, MAX_NEW, PROMPTS, STRENGTH, WIDTH, Tally, assert_told_alike
@@ -68,19 +68,6 @@ def test_draws_belong_to_the_key_and_the_row(driver):
   ended = run(driver, network, stop=Stop(ids_E=[END], limits_B=[MAX_NEW, 2, 0]), **settings)
   lengths = np.asarray(ended[1]).reshape(3, WIDTH)
   assert lengths[0].max() > 2 and lengths[1].max() == 2 and (lengths[2] == 0).all()
-
-
-def test_more_samples_than_texts_are_all_texts():
-  beams = stochastic_beam_search(
-    toy.TOY, toy.PROMPT, key=KEY, num_samples=42, max_new_tokens=toy.MAX_NEW, stop=Stop(ids_E=[toy.EOS])
-  )
-  texts = [
-    toy.name(row[:length]) for row, length in zip(beams.tokens_BKN[0], np.asarray(beams.lengths_BK[0]))
-  ]
-  assert sorted(texts[:40]) == sorted(toy.outcomes()) and texts[40:] == ["", ""]
-  assert (beams.finish_BK[0, 40:] == DEAD_END).all() and float(beams.threshold_B[0]) == -np.inf
-  np.testing.assert_array_equal(beams.inclusion_BK, 1.0)
-  np.testing.assert_allclose(np.exp(beams.log_weights_BK).sum(), 1.0, atol=1e-5)
 
 
 def test_conditional_perturbations_have_the_given_maximum_and_law():

@@ -8,6 +8,7 @@ from nr.generation.arithmetic_sampling import arithmetic_sample
 from nr.generation.beam_constraints import Without, lexical
 from nr.generation.beam_search import beam_search
 from nr.generation.best_first import best_first_search
+from nr.generation.language_models import Markov
 from nr.generation.sample import sample
 from nr.generation.stochastic_beam_search import stochastic_beam_search
 from nr.generation.stopping import DEAD_END, Stop
@@ -72,9 +73,10 @@ COUNT = 20_000
 WITHIN = 5 * 0.5 / np.sqrt(COUNT)  # five standard errors of a frequency, at most
 
 
-def many(driver, **settings):
+def many(driver, model=toy.TOY, **settings):
   """Runs a randomised driver on COUNT copies of the prompt."""
-  return driver(toy.TOY, jnp.full((COUNT, 1), toy.BOS), key=jax.random.key(0), **settings)
+  settings = dict(key=jax.random.key(0), row_ids_B=jnp.arange(COUNT)) | settings
+  return driver(model, jnp.full((COUNT, 1), toy.BOS), **settings)
 
 
 def inclusion(tokens_BKN, lengths_BK):
@@ -86,10 +88,15 @@ def inclusion(tokens_BKN, lengths_BK):
 
 
 def test_beam_sampling_draws_without_replacement():
-  beams = many(beam_search, beam_width=2, max_new_tokens=1, sampling=True)
+  settings = dict(beam_width=2, max_new_tokens=1, sampling=True)
+  beams = many(beam_search, **settings)
   found = inclusion(beams.tokens_BKN, beams.lengths_BK)
   np.testing.assert_allclose([found["a"], found["b"]], [0.736437, 0.689254], atol=WITHIN)
   assert (beams.tokens_BKN[:, 0] != beams.tokens_BKN[:, 1]).all()
+  # Draws belong to the row and the key.
+  reversed_ids = many(beam_search, row_ids_B=jnp.arange(COUNT)[::-1], **settings)
+  np.testing.assert_array_equal(reversed_ids.tokens_BKN, beams.tokens_BKN[::-1])
+  assert (many(beam_search, key=jax.random.key(1), **settings).tokens_BKN != beams.tokens_BKN).any()
 
 
 def test_lexical_constraints_hold_and_the_best_text_is_found():
@@ -184,6 +191,19 @@ def test_stochastic_beams_are_samples_without_replacement():
   for values, mean in ((1.0, 1.0), (np.asarray(beams.lengths_BK), 2.3625)):
     estimates = (weights * values).sum(axis=1)
     assert abs(estimates.mean() - mean) < 5 * estimates.std() / np.sqrt(COUNT)
+
+
+def test_where_there_are_no_more_texts_than_samples_all_are_drawn():
+  table = np.full((5, 4), -np.inf)
+  table[toy.BOS, [toy.A, toy.EOS]], table[toy.A, toy.EOS] = np.log([0.7, 0.3]), 0.0
+  beams = many(stochastic_beam_search, Markov(jnp.asarray(table, jnp.float32)), num_samples=2, **SETTINGS)
+  assert inclusion(beams.tokens_BKN, beams.lengths_BK) == {"aE": 1.0, "E": 1.0}
+  assert (beams.threshold_B == -np.inf).all() and (beams.inclusion_BK == 1.0).all()
+  np.testing.assert_allclose(np.exp(beams.log_weights_BK).sum(axis=1), 1.0, atol=1e-5)
+  table[toy.BOS, toy.EOS] = -np.inf
+  beams = many(stochastic_beam_search, Markov(jnp.asarray(table, jnp.float32)), num_samples=2, **SETTINGS)
+  assert (beams.finish_BK[:, 1] == DEAD_END).all() and (beams.lengths_BK == jnp.array([2, 0])).all()
+  assert (beams.log_weights_BK[:, 1] == -np.inf).all() and (beams.perturbed_BK[:, 1] == -np.inf).all()
 
 
 def test_one_step_inclusion_is_that_of_gumbel_top_k():

@@ -66,7 +66,7 @@ def ours(model, prompts, width, penalty, rule, ends, max_new):
 
 
 # Stop ids that end texts now and then; two of them call for more candidates.
-@pytest.mark.parametrize("family, widths, ends", [("llama", (1, 2, 3, 4), [5]), ("gpt2", (3,), [3, 7])])
+@pytest.mark.parametrize("family, widths, ends", [("llama", (1, 2, 4), [5]), ("gpt2", (3,), [1, 16])])
 def test_the_same_beams_of_a_random_network(family, widths, ends, tmp_path):
   sizes = dict(vocab_size=VOCAB, num_layers=2, model_dim=16, num_heads=2, max_length=32, init_std=0.5)
   spec = getattr(TransformerSpec, family)(**sizes, layers="unroll")
@@ -102,10 +102,10 @@ class Table(transformers.PreTrainedModel, transformers.GenerationMixin):
     super().__init__(config)
     self.table = torch.nn.Parameter(torch.log(torch.tensor(toy.TARGET_CV, dtype=torch.float32)))
 
-  def prepare_inputs_for_generation(self, input_ids, **_):
+  def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
     return {"input_ids": input_ids}
 
-  def forward(self, input_ids, attention_mask=None, **_):
+  def forward(self, input_ids, **_):
     # The fifth column, the beginning of text, is an id of theirs; nothing makes it.
     rows = self.table[input_ids]
     logits = torch.cat([rows, torch.full((*rows.shape[:2], 1), -1e9)], dim=-1)

@@ -138,6 +138,15 @@ def test_degenerate_rows_stay_lawful_or_are_flagged(implementation):
   assert keep_sets(found)[0] == [0] and keep_sets(found)[3] == [2]
 
 
+def test_a_truncation_does_not_hide_a_nan():
+  text = "top_k(2)|top_p(0.5)|typical(0.5)|epsilon(0.2)|eta(0.2)|min_p(0.5)|top_n_sigma(1)|top_h(0.5)|mirostat_v2(1)"
+  laws = [*parse(text).prepared().transforms, Temperature(0).prepared(), ThinkingBudget(1, [2], 0).prepared()]
+  logits = jnp.array([[0, jnp.nan, 1, 2, 3, 4]])
+  count = len(laws)
+  for law, found in zip(laws, each_transformed(laws, [logits] * count, [context_of([[1]])] * count)):
+    assert guarded(found, logits)[1].all(), law.name
+
+
 def test_a_vocabulary_of_one_and_histories_beyond_it():
   context = context_of([[], [0], [5, 5, 0, 5, 5], [0] * 8], capacity=9)
   logits = transformed(parse(HARD.replace("|no_repeat_ngram(2)", "")).prepared(), jnp.zeros((4, 1)), context)
@@ -273,8 +282,10 @@ def test_marks_are_found_by_their_key_alone(name):
 
 def test_a_repeated_mark_counts_once():
   texts = jnp.array([[1, 2, 3, 1, 2, 3, 1, 2, 3, 1], [1, 2, 3, 1, 0, 0, 0, 0, 0, 0]])
-  scores = jax.jit(GreenList.detect)(GreenList().prepared(), texts, jnp.array([10, 4]))
-  assert scores[0] == scores[1]
+  texts, lengths = jnp.tile(texts, (2, 1)), jnp.array([10, 4, 1, 0])
+  scores = jax.jit(GreenList.detect)(GreenList().prepared(), texts, lengths)
+  assert scores[0] == scores[1] != 0
+  assert scores[2:].tolist() == [0, 0]  # nothing comes before the first token
 
 
 def test_mistakes_are_answered_by_name():

@@ -108,6 +108,8 @@ def dry(tokens, multiplier, base, allowed, window, breakers):
 def test_dry(breakers, random):
   rows, logits = 4 * ROWS, np.tile(LOGITS, (4, 1))
   histories = [random.integers(0, 2 + row % 3, random.integers(0, 40)).tolist() for row in range(rows)]
+  for row in range(0, rows, 2):  # and some that repeat themselves
+    histories[row] = np.resize(random.integers(0, 5, random.integers(3, 8)), len(histories[row])).tolist()
   settings = [
     random.choice(values, rows) for values in ([0.0, 0.5, 0.8], [1.0, 1.3, 1.75], [1, 2, 3], [0, 5, 12, 100])
   ]

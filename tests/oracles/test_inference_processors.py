@@ -125,6 +125,15 @@ def test_other_processors(name):
   agree(ours()[name], theirs([OTHERS[name][1]()]))
 
 
+def test_top_h_looks_at_a_hundred_tokens():
+  logits = _random.normal(0, 1, (32, 150)).astype(np.float32)
+  wanted = theirs([hf.TopHLogitsWarper(0.95)], logits, HISTORY[:32])
+  context = context_of(HISTORY[:32].tolist())
+  laws = [by(TopH(0.95, "hf"), way) for way in ("sort", "search")]
+  for found in each_transformed(laws, [logits] * 2, [context] * 2):
+    agree(found, wanted)
+
+
 def test_forced_beginning_and_suppression_at_the_beginning():
   history = HISTORY[:, :1]
   context = context_of(history.tolist(), prompts=1)

@@ -219,7 +219,7 @@ class ThinkingBudget(Transform):
     recent_BK = tail(context, size)
     said_B = jnp.zeros_like(state)  # how much of the end sequence the text ends with
     for count in range(1, size):
-      is_said_B = (recent_BK[:, size - count :] == end_K[:count]).all(axis=1) & (count <= state)
+      is_said_B = (recent_BK[:, size - count :] == end_K[:count]).all(axis=1)
       said_B = jnp.where(is_said_B, count, said_B)
     budget_B1 = column(self.budget)
     is_spent_B1 = (budget_B1 >= 0) & (state[:, None] >= jnp.maximum(budget_B1, 0))
@@ -231,7 +231,7 @@ class ThinkingBudget(Transform):
     end_K = self._end()
     is_over_B = is_tail(end_K[None], tail_after(context, tokens_B, end_K.shape[0]))[:, 0]
     opened_B = jnp.where(tokens_B == self.start, 0, -1)
-    going_B = jnp.where(is_over_B & (state + 1 >= end_K.shape[0]), -1, state + 1)
+    going_B = jnp.where(is_over_B, -1, state + 1)
     return jnp.where(state >= 0, going_B, opened_B)
 
   def is_off(self) -> bool:

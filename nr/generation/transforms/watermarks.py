@@ -88,8 +88,11 @@ def _scored_hashes(
 
 
 def green_z_score(green: jax.Array | float, total: jax.Array | float, fraction: Parameter) -> jax.Array:
-  """Returns (g - f T) / sqrt(T f (1 - f)): standard normal for T tokens that know nothing of the key."""
-  return (green - fraction * total) / jnp.sqrt(total * fraction * (1 - fraction))
+  """Returns (g - f T) / sqrt(T f (1 - f)): about standard normal for T tokens that know nothing of the key.
+
+  It is 0 for no tokens.
+  """
+  return (green - fraction * total) / jnp.sqrt(jnp.maximum(total, 1) * fraction * (1 - fraction))
 
 
 @transform("green_list")

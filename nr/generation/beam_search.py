@@ -152,8 +152,7 @@ def beam_search(
     stop_rule: "never", "when_full" or "heuristic"; see `beam_selection.can_improve`.
     num_groups: groups that advance in turn (diverse beam search, arXiv:1610.02424).
     diversity_penalty: scalar or [B]; taken from the score of a token as often as
-      earlier groups chose it at this step, and kept in the sum, as transformers
-      4.46.3 does.
+      earlier groups chose it at this step, and kept in the sum (our choice).
     sampling: draw the continuations without replacement from the softmax of the
       sums, instead of taking the best (beam sampling of transformers 5.23.0).
     constraints: phrases that the text must or must not hold (`lexical`); only texts

@@ -11,7 +11,7 @@ import numpy as np
 
 from nr.generation.decoding import pad_prompts
 from nr.generation.language_models import Network
-from nr.generation.stopping import FINISH_REASONS, Stop
+from nr.generation.stopping import DEAD_END, FINISH_REASONS, Stop
 from nr.generation.transforms.algebra import Transform, chain
 from nr.generators.checkpoints import Checkpoint, open_checkpoint
 from nr.models.cache import CacheSpec
@@ -235,13 +235,17 @@ class Job:
       length_penalty=settings.length_penalty,
       stop=self.stop,
     )
-    tokens_BKN, lengths_BK = np.asarray(beams.tokens_BKN), np.asarray(beams.lengths_BK)
+    tokens_BKN, lengths_BK, finish_BK = map(np.asarray, (beams.tokens_BKN, beams.lengths_BK, beams.finish_BK))
     texts = []
     for row in range(len(self.ids)):
       for beam in range(settings.num_samples):
+        # Fewer texts than beams may exist: the slots behind them are empty.
+        if finish_BK[row, beam] == DEAD_END:
+          continue
         tokens = tokens_BKN[row, beam, : lengths_BK[row, beam]].tolist()
         total = [float(beams.log_probs_BK[row, beam])]
-        texts.append(Text(row, beam, tokens, total, None, "beam", float(beams.scores_BK[row, beam])))
+        reason, score = FINISH_REASONS[int(finish_BK[row, beam])], float(beams.scores_BK[row, beam])
+        texts.append(Text(row, beam, tokens, total, None, reason, score))
     return texts
 
   def _speculate(self, prompts: tuple) -> list[Text]:

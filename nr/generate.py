@@ -158,6 +158,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+  if arguments.logprobs and arguments.beam_width:
+    raise ValueError("--logprobs: beams keep the sum of a text only; leave it out, or --beam-width")
   if arguments.checkpoint is None:
     raise ValueError("--checkpoint is missing: give a run directory, model folder or file")
   if not arguments.prompt and not arguments.prompt_file:

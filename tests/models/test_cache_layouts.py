@@ -23,10 +23,10 @@ LAYOUTS = {
   "ring": CacheSpec("ring", window=CAPACITY, slack=4),
   "paged": CacheSpec("paged", page_size=3, num_pages=30),
   "static_int8": CacheSpec(quantization="int8"),
-  "ring_int8": CacheSpec("ring", window=CAPACITY, slack=4, quantization="int8"),
   "paged_int8": CacheSpec("paged", page_size=3, num_pages=30, quantization="int8"),
 }
 KINDS = ["transformer/unroll", "concepts/scan"]
+CASES = [(kind, layout) for kind in KINDS for layout in ("static", "ring", "paged")]
 # Below every difference that a wrong slot makes; above rounding in another order.
 CLOSE = 1e-5
 
@@ -38,9 +38,8 @@ class Case:
     name, layers = kind.split("/")
     spec, rngs = TransformerSpec.llama(**SIZES, layers=layers), nnx.Rngs(0)
     if name == "concepts":
-      model = ConceptMixingTransformer(
-        spec, ConceptMixingSpec(num_concepts=24, top_k=4, insert_at=1), rngs=rngs
-      )
+      concepts = ConceptMixingSpec(num_concepts=24, top_k=4, insert_at=1)
+      model = ConceptMixingTransformer(spec.replace(num_layers=3), concepts, rngs=rngs)
     else:
       model = Transformer(spec, rngs=rngs)
     graphdef, params = parameters.split(model)
@@ -48,33 +47,30 @@ class Case:
     self.network = Network(graphdef, params)
     self.tokens = jnp.asarray(np.random.default_rng(2).integers(0, 31, (BATCH, LENGTH)), jnp.int32)
     self.whole = np.asarray(jax.jit(model)(self.tokens))
-    self.extend = jax.jit(lambda tokens, cache, valid: model.extend(tokens, cache, valid))
+    self.extend_valid = jax.jit(lambda tokens, cache, valid: model.extend(tokens, cache, valid))
     self.extend_tree = jax.jit(
       lambda tokens, cache, visible: model.extend(tokens, cache, visible_BLL=visible)
     )
 
-  def cache(self, layout, batch=BATCH, uneven=None):
+  def extend(self, tokens, cache, valid=None):
+    return self.extend_valid(tokens, cache, jnp.ones(tokens.shape, bool) if valid is None else valid)
+
+  def cache(self, layout, uneven=True):
     layout = LAYOUTS[layout] if isinstance(layout, str) else layout
-    uneven = layout.is_always_uneven if uneven is None else uneven
-    return self.model.init_cache(batch, CAPACITY, uneven=uneven, layout=layout)
+    return self.model.init_cache(BATCH, CAPACITY, uneven=uneven, layout=layout)
 
   def read(self, cache, start, stop, rows=slice(None)):
     """Reads tokens in pieces of 5 and 1, so that few programs are compiled."""
     pieces = []
     while start < stop:
       chunk = 5 if stop - start >= 5 else 1
-      logits, cache = self.extend(self.tokens[rows, start : start + chunk], cache, None)
+      logits, cache = self.extend(self.tokens[rows, start : start + chunk], cache)
       pieces.append(np.asarray(logits))
       start += chunk
     return np.concatenate(pieces, axis=1), cache
 
 
 make_case = functools.cache(Case)
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def case(request):
-  return make_case(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +82,7 @@ def tolerance(layout):
   return 0.3 if layout.endswith("int8") else CLOSE
 
 
-@pytest.mark.parametrize(
-  "kind, layout",
-  [("transformer/unroll", name) for name in LAYOUTS]
-  + [("concepts/scan", name) for name in ("static", "ring", "paged_int8")],
-)
+@pytest.mark.parametrize("kind, layout", [*CASES, (KINDS[0], "static_int8"), (KINDS[0], "paged_int8")])
 def test_any_chunking_equals_one_pass(kind, layout):
   case = make_case(kind)
   logits, _ = case.read(case.cache(layout), 0, LENGTH)
@@ -110,9 +102,10 @@ def test_rows_that_are_forked_continue_their_rows(plain, layout):
   np.testing.assert_allclose(logits, plain.whole[np.asarray(rows), 6:], atol=tolerance(layout))
 
 
-@pytest.mark.parametrize("layout", ["static", "ring", "paged"])
-def test_tokens_that_are_taken_back_leave_no_trace(case, layout):
-  _, cache = case.read(case.cache(layout, uneven=True), 0, 5)
+@pytest.mark.parametrize("kind, layout", CASES)
+def test_tokens_that_are_taken_back_leave_no_trace(kind, layout):
+  case = make_case(kind)
+  _, cache = case.read(case.cache(layout), 0, 5)
   wrong, valid = (case.tokens[:, 5:10] + 1) % 31, jnp.arange(5) < jnp.array([[3], [1], [4]])
   _, cache = case.extend(wrong, cache, valid)
   np.testing.assert_array_equal(cache.length, [8, 6, 9])
@@ -121,10 +114,11 @@ def test_tokens_that_are_taken_back_leave_no_trace(case, layout):
   np.testing.assert_allclose(logits, case.whole[:, 5:], atol=CLOSE)
 
 
-@pytest.mark.parametrize("layout", ["static", "ring", "paged"])
-def test_one_path_of_a_tree_is_kept(case, layout):
+@pytest.mark.parametrize("kind, layout", [CASES[0], CASES[1], CASES[3], CASES[5]])
+def test_one_path_of_a_tree_is_kept(kind, layout):
+  case = make_case(kind)
   # Nodes 0 - 2 - 4 hold the text; 1 and 3 are other drafts.
-  _, cache = case.read(case.cache(layout, uneven=True), 0, 5)
+  _, cache = case.read(case.cache(layout), 0, 5)
   right, other = case.tokens[:, 5:8], (case.tokens[:, 5:7] + 1) % 31
   tree = jnp.stack([right[:, 0], other[:, 0], right[:, 1], other[:, 1], right[:, 2]], axis=1)
   visible = np.eye(5, dtype=bool)
@@ -167,18 +161,17 @@ def near(plain):
 
 @pytest.mark.parametrize("slack, uneven", [(0, False), (4, True)])
 def test_a_ring_equals_a_full_cache_with_a_window_mask(plain, near, slack, uneven):
+  # Without slack, five rows at once are more than the ring holds.
   assert np.abs(near - plain.whole)[:, 4:].max() > 0.05
   layout = CacheSpec("ring", window=4, slack=slack)
-  logits, _ = plain.extend(plain.tokens, plain.cache(layout, uneven=uneven), None)
-  np.testing.assert_allclose(logits, near, atol=CLOSE)
-  logits, cache = plain.read(plain.cache(layout, uneven=uneven), 0, LENGTH)
+  logits, cache = plain.read(plain.cache(layout, uneven), 0, LENGTH)
   np.testing.assert_allclose(logits, near, atol=CLOSE)
   assert cache.keys[0].shape == (BATCH, 2, 4 + slack, 4)
   np.testing.assert_array_equal(caches.count_tokens(cache), [LENGTH] * BATCH)
 
 
 def test_a_ring_takes_back_what_its_slack_holds(plain, near):
-  _, cache = plain.read(plain.cache(CacheSpec("ring", window=4, slack=4), uneven=True), 0, 7)
+  _, cache = plain.read(plain.cache(CacheSpec("ring", window=4, slack=4)), 0, 7)
   wrong = (plain.tokens[:, 7:12] + 1) % 31
   _, cache = plain.extend(wrong, cache, jnp.arange(5) < jnp.array([[4], [0], [3]]))
   cache = jax.jit(plain.model.rollback)(cache, jnp.full(BATCH, 7))
@@ -191,7 +184,7 @@ def test_padding_passes_a_ring_by(plain, near):
   # Behind its padding, each row holds the first tokens of the text.
   padded = jnp.stack([jnp.roll(row, start) for row, start in zip(plain.tokens, padding)])
   valid = jnp.arange(LENGTH) >= padding[:, None]
-  cache, pieces = plain.cache(CacheSpec("ring", window=4)), []
+  cache, pieces = plain.cache(CacheSpec("ring", window=4), uneven=False), []
   for start in (0, 5, 10, 11, 12, 13):
     part = slice(start, start + (5 if start < 10 else 1))
     logits, cache = plain.extend(padded[:, part], cache, valid[:, part])
@@ -206,37 +199,39 @@ def test_a_concept_model_sees_both_rows_of_each_token_in_its_window():
   concepts = make_case("concepts/scan")
   cache = concepts.cache(CacheSpec("ring", window=4))
   assert (cache.lower.capacity, cache.upper.capacity) == (4, 8)
-  whole, _ = concepts.extend(concepts.tokens, cache, None)
-  parts, _ = concepts.read(cache, 0, LENGTH)
-  np.testing.assert_allclose(parts, whole, atol=CLOSE)
-  np.testing.assert_allclose(whole[:, :4], concepts.whole[:, :4], atol=CLOSE)
-  assert np.abs(whole - concepts.whole)[:, 4:].max() > 0.05
+  # Ten rows at once pass by a ring of eight.
+  fives, _ = concepts.read(cache, 0, 10)
+  pieces = []
+  for position in range(10):
+    logits, cache = concepts.extend(concepts.tokens[:, position : position + 1], cache)
+    pieces.append(logits)
+  np.testing.assert_allclose(fives, np.concatenate(pieces, axis=1), atol=CLOSE)
+  np.testing.assert_allclose(fives[:, :4], concepts.whole[:, :4], atol=CLOSE)
+  assert np.abs(fives - concepts.whole[:, :10])[:, 4:].max() > 0.01
 
 
-@pytest.mark.parametrize("kind, uneven", [("transformer/unroll", True), ("concepts/scan", False)])
+@pytest.mark.parametrize("kind, uneven", [("transformer/unroll", False), ("concepts/scan", True)])
 def test_samples_that_share_a_prompt_equal_copies_of_it(kind, uneven):
-  case, prompt, rows = make_case(kind), 5, jnp.repeat(jnp.arange(BATCH), 2)
+  case = make_case(kind)
   network = dataclasses.replace(case.network, cache=CacheSpec("shared_prefix"))
-  valid = jnp.arange(prompt) >= jnp.array([[0], [2], [3]])
-  tails = (case.tokens[rows, prompt:] + jnp.arange(len(rows))[:, None]) % 31
-  prefill = jax.jit(lambda tokens, valid: network.prefill(tokens, valid, CAPACITY, uneven=uneven))
-  _, cache = prefill(case.tokens[:, :prompt], valid)
-  shared, copied = network.fork_prompts(cache, BATCH, 2, prompt), network.fork(cache, rows)
-  fork, rollback = jax.jit(network.fork), jax.jit(network.rollback)
-
-  def run(cache):
-    first, cache = case.extend(tails[:, :5], cache, None)
-    # A row takes the place of its neighbour of the same prompt.
-    cache = fork(cache, jnp.array([1, 1, 2, 2, 5, 4]))
-    second, cache = case.extend(tails[:, 5:6], cache, None)
-    if uneven:
-      cache = rollback(cache, jnp.array([2, 1, 0, 3, 1, 1]))
-    third, cache = case.extend(tails[:, 6:7], cache, None)
-    return np.concatenate([first, second, third], axis=1), cache
-
-  (expected, plain), (found, cache) = run(copied), run(shared)
-  np.testing.assert_allclose(found, expected, atol=CLOSE)
-  np.testing.assert_array_equal(cache.length, plain.length)
+  lengths = jnp.array([[5], [3], [2]])
+  valid = jnp.arange(5) < lengths if uneven else jnp.arange(5) >= 5 - lengths
+  _, prompt = case.extend(case.tokens[:, :5], case.cache("static", uneven), valid)
+  shared, copies = network.fork_prompts(prompt, BATCH, 2, 5), [prompt, prompt]
+  tails = (case.tokens[:, None, 5:] + jnp.arange(2)[:, None]) % 31
+  for step, part in enumerate((slice(0, 5), slice(5, 6), slice(6, 7))):
+    if step == 1:
+      # Each row takes the place of its neighbour of the same prompt.
+      shared, copies = network.fork(shared, jnp.array([1, 0, 3, 2, 5, 4])), copies[::-1]
+    if step == 2 and uneven:
+      forgotten = jnp.array([2, 1, 0, 3, 1, 1])
+      shared = network.rollback(shared, forgotten)
+      copies = [network.rollback(copy, forgotten[sample::2]) for sample, copy in enumerate(copies)]
+    found, shared = case.extend(tails[:, :, part].reshape(2 * BATCH, -1), shared)
+    for sample in range(2):
+      expected, copies[sample] = case.extend(tails[:, sample, part], copies[sample])
+      np.testing.assert_allclose(found[sample::2], expected, atol=CLOSE)
+  np.testing.assert_array_equal(shared.length[::2] if uneven else shared.length, copies[0].length)
 
 
 def test_a_shared_prompt_is_stored_once(plain):
@@ -291,7 +286,7 @@ def test_pages_are_shared_copied_on_write_and_given_back(plain):
   assert used(forked) == 6 and int(forked.references.sum()) == 9
   np.testing.assert_array_equal(forked.keys[0], cache.keys[0])
   np.testing.assert_array_equal(forked.table_BP[0], forked.table_BP[1])
-  _, written = plain.extend(plain.tokens[rows, 7:8], forked, None)
+  _, written = plain.extend(plain.tokens[rows, 7:8], forked)
   # The full pages stay shared; of the last one, both rows have their own copy.
   assert used(written) == 2 + 1 + 1 + 3
   np.testing.assert_array_equal(written.table_BP[0, :2], written.table_BP[1, :2])
@@ -301,10 +296,10 @@ def test_pages_are_shared_copied_on_write_and_given_back(plain):
   back = rollback(written, jnp.array([8, 2, 0]))
   np.testing.assert_array_equal(back.references, references(back))
   assert used(back) == 3
-  logits, back = plain.extend(plain.tokens[rows, 2:3] * 0 + 5, back, None)
+  logits, back = plain.extend(plain.tokens[rows, 2:3] * 0 + 5, back)
   np.testing.assert_array_equal(back.references, references(back))
   back = rollback(back, jnp.array([8, 3, 1]))
-  logits, back = plain.extend(plain.tokens[rows, 8:9], back, None)
+  logits, back = plain.extend(plain.tokens[rows, 8:9], back)
   np.testing.assert_allclose(logits[0, 0], plain.whole[0, 8], atol=CLOSE)
   assert not bool(back.has_failed_B.any())
   empty = jax.jit(lambda cache: cache.release(jnp.ones(3, bool)))(back)
@@ -421,7 +416,7 @@ def test_settings_that_cannot_be_are_refused(settings, said):
 def test_what_a_layout_cannot_do_is_refused_while_tracing(plain):
   with pytest.raises(ValueError, match="uneven=True"):
     plain.model.init_cache(1, 4, layout=LAYOUTS["paged"])
-  ring = plain.cache(CacheSpec("ring", window=4), uneven=True)
+  ring = plain.cache(CacheSpec("ring", window=4))
   with pytest.raises(ValueError, match="slack=0: a ring without slack cannot roll back"):
     jax.eval_shape(plain.model.rollback, ring, jnp.zeros(BATCH, jnp.int32))
   with pytest.raises(ValueError, match="slack of 2"):

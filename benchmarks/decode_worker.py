@@ -207,9 +207,9 @@ class JaxSide:
     import numpy as np
 
     from nr.generation.decoding import pad_prompts
-    from nr.generation.drafters import NgramDrafter
     from nr.generation.sample import sample
-    from nr.generation.speculative import speculative
+    from nr.generation.speculation.drafters import NgramDrafter
+    from nr.generation.speculation.speculative import speculative
 
     model, prompt, what = self._repeating(quick)
     prompts, new = pad_prompts([prompt]), 8 if quick else 96

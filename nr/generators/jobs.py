@@ -223,7 +223,7 @@ class Job:
     return texts
 
   def _beams(self, prompts: tuple) -> list[Text]:
-    from nr.generation.beam_search import beam_search
+    from nr.generation.beams.beam_search import beam_search
 
     settings = self.settings
     beams = beam_search(
@@ -249,7 +249,7 @@ class Job:
     return texts
 
   def _speculate(self, prompts: tuple) -> list[Text]:
-    from nr.generation.speculative import speculative
+    from nr.generation.speculation.speculative import speculative
 
     settings = self.settings
     generation = speculative(
@@ -266,8 +266,8 @@ class Job:
     return self._texts(generation)
 
   def _drafter(self) -> Any:
-    from nr.generation.drafters import NgramDrafter
-    from nr.generation.model_drafters import ModelDrafter, early_exit
+    from nr.generation.speculation.drafters import NgramDrafter
+    from nr.generation.speculation.model_drafters import ModelDrafter, early_exit
 
     kind, _, layers = self.settings.draft.partition(":")
     if kind == "ngram":

@@ -65,7 +65,9 @@ class QuantizedWeight:
   def __getitem__(self, index: Any) -> Any:
     """Returns itself for `...`, which is how models read what a parameter holds."""
     if index is not Ellipsis:
-      raise IndexError(f"index {index!r}: a quantised weight is read whole, by [...], or by rows with look_up")
+      raise IndexError(
+        f"index {index!r}: a quantised weight is read whole, by [...], or by rows with look_up"
+      )
     return self
 
   @property

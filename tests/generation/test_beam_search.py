@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nr.generation import beam_search as driver
-from nr.generation.beam_constraints import Without, lexical, look_ahead
-from nr.generation.beam_search import beam_search
-from nr.generation.best_first import best_first_search
+from nr.generation.beams import beam_search as driver
+from nr.generation.beams.beam_constraints import Without, lexical, look_ahead
+from nr.generation.beams.beam_search import beam_search
+from nr.generation.beams.best_first import best_first_search
 from nr.generation.decoding import pad_prompts
 from nr.generation.language_models import Markov, Stream, WithStreams
 from nr.generation.sample import sample

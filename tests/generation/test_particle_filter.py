@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nr.generation import particle_filter as driver
 from nr.generation.constraints.automaton import Constrain
 from nr.generation.constraints.choices import choices
 from nr.generation.decoding import pad_prompts
-from nr.generation.metropolis import Redraw
-from nr.generation.particle_filter import particle_filter
-from nr.generation.particles import draw_index
-from nr.generation.potentials import Final, HardConstraint, Lookahead, TokenCount, product
-from nr.generation.rejection import rejection_sample
-from nr.generation.steering import steer
+from nr.generation.particles import particle_filter as driver
+from nr.generation.particles.metropolis import Redraw
+from nr.generation.particles.particle_filter import particle_filter
+from nr.generation.particles.potentials import Final, HardConstraint, Lookahead, TokenCount, product
+from nr.generation.particles.rejection import rejection_sample
+from nr.generation.particles.steering import steer
+from nr.generation.particles.weighted_texts import draw_index
 from nr.generation.stopping import BROKEN, DEAD_END, LENGTH, RUNNING, Stop
 from nr.generation.transforms.algebra import chain
 from nr.generation.transforms.penalties import FrequencyPresence, NoRepeatNgram

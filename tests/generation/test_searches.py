@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from nr.generation.arithmetic_sampling import _refreshed, arithmetic_sample, bucket
-from nr.generation.best_first import best_first_search
+from nr.generation.beams.best_first import best_first_search
+from nr.generation.beams.stochastic_beam_search import conditional_perturbations, stochastic_beam_search
 from nr.generation.decoding import pad_prompts
 from nr.generation.language_models import Markov, Stream, WithStreams
-from nr.generation.stochastic_beam_search import conditional_perturbations, stochastic_beam_search
 from nr.generation.stopping import Stop
 from nr.generation.transforms.algebra import chain
 from tests.generation import toy

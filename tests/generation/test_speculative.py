@@ -9,13 +9,13 @@ import pytest
 
 from nr.generation.constraints.stop_strings import stop_strings
 from nr.generation.decoding import pad_prompts
-from nr.generation.draft_trees import DraftTree
-from nr.generation.drafters import ForcedDrafter, NgramDrafter
 from nr.generation.language_models import Stream, WithStreams
-from nr.generation.model_drafters import ModelDrafter, TreeDrafter, early_exit
 from nr.generation.sample import sample
 from nr.generation.samplers import Replay
-from nr.generation.speculative import speculative
+from nr.generation.speculation.draft_trees import DraftTree
+from nr.generation.speculation.drafters import ForcedDrafter, NgramDrafter
+from nr.generation.speculation.model_drafters import ModelDrafter, TreeDrafter, early_exit
+from nr.generation.speculation.speculative import speculative
 from nr.generation.stopping import FINISH_REASONS, Stop
 from nr.generation.transforms import (
   Dry,

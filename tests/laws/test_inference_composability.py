@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nr.generation.beam_search import beam_search
+from nr.generation.beams.beam_search import beam_search
+from nr.generation.beams.stochastic_beam_search import stochastic_beam_search
 from nr.generation.constraints.automaton import Constrain, anything, join
 from nr.generation.constraints.choices import choices
 from nr.generation.continuous_batching import Request, serve
 from nr.generation.language_models import Stream, WithStreams
-from nr.generation.model_drafters import ModelDrafter
-from nr.generation.particle_filter import particle_filter
-from nr.generation.potentials import TokenCount
+from nr.generation.particles.particle_filter import particle_filter
+from nr.generation.particles.potentials import TokenCount
 from nr.generation.sample import sample
 from nr.generation.samplers import Replay
-from nr.generation.speculative import speculative
-from nr.generation.stochastic_beam_search import stochastic_beam_search
+from nr.generation.speculation.model_drafters import ModelDrafter
+from nr.generation.speculation.speculative import speculative
 from nr.generation.stopping import Stop
 from nr.generation.transforms import (
   Dry,

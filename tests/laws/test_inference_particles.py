@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nr.generation import resampling
-from nr.generation.metropolis import Redraw, metropolis
-from nr.generation.particle_filter import particle_filter
-from nr.generation.potentials import (
+from nr.generation.particles import resampling
+from nr.generation.particles.metropolis import Redraw, metropolis
+from nr.generation.particles.particle_filter import particle_filter
+from nr.generation.particles.potentials import (
   Final,
   HardConstraint,
   Reweighting,
@@ -16,10 +16,10 @@ from nr.generation.potentials import (
   product,
   twist_table,
 )
-from nr.generation.rejection import rejection_sample
+from nr.generation.particles.rejection import rejection_sample
+from nr.generation.particles.steering import steer
 from nr.generation.sample import sample
 from nr.generation.samplers import Replay
-from nr.generation.steering import steer
 from nr.generation.stopping import LENGTH, STOP_ID, Stop
 from nr.generation.transforms.algebra import chain
 from nr.generation.transforms.temperature import Temperature

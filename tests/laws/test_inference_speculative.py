@@ -15,11 +15,17 @@ import numpy as np
 import pytest
 
 from nr.generation import decoding
-from nr.generation.draft_trees import DraftTree, draft_laws
-from nr.generation.drafters import NgramDrafter, Proposal
 from nr.generation.language_models import Stream, WithStreams
-from nr.generation.model_drafters import ModelDrafter, TreeDrafter
-from nr.generation.speculative import read_drafts, speculative, verify
+from nr.generation.speculation.draft_trees import DraftTree, draft_laws
+from nr.generation.speculation.drafters import NgramDrafter, Proposal
+from nr.generation.speculation.model_drafters import ModelDrafter, TreeDrafter
+from nr.generation.speculation.speculative import read_drafts, speculative, verify
+from nr.generation.speculation.verification import (
+  RULES,
+  expected_speed_up,
+  token_outcomes,
+  tokens_per_call,
+)
 from nr.generation.stopping import Stop
 from nr.generation.transforms import (
   Dry,
@@ -32,12 +38,6 @@ from nr.generation.transforms import (
   chain,
 )
 from nr.generation.transforms.mixtures import ContrastiveDecoding
-from nr.generation.verification import (
-  RULES,
-  expected_speed_up,
-  token_outcomes,
-  tokens_per_call,
-)
 from tests.generation.toy import (
   BOS,
   DRAFT,

@@ -9,10 +9,10 @@ torch = pytest.importorskip("torch", reason="needs torch (extra [oracles])")
 transformers = pytest.importorskip("transformers", reason="needs transformers (extra [oracles])")
 pytest.importorskip("safetensors", reason="needs safetensors (extra [hub])")
 
-from nr.generation.drafters import NgramDrafter  # noqa: E402
 from nr.generation.language_models import Network  # noqa: E402
-from nr.generation.model_drafters import ModelDrafter  # noqa: E402
-from nr.generation.speculative import speculative  # noqa: E402
+from nr.generation.speculation.drafters import NgramDrafter  # noqa: E402
+from nr.generation.speculation.model_drafters import ModelDrafter  # noqa: E402
+from nr.generation.speculation.speculative import speculative  # noqa: E402
 from nr.generation.stopping import Stop  # noqa: E402
 from nr.interchange.huggingface import save_huggingface  # noqa: E402
 from nr.models import parameters  # noqa: E402

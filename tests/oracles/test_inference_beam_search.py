@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="needs torch (extra [oracles])")
 transformers = pytest.importorskip("transformers", reason="needs transformers (extra [oracles])")
 pytest.importorskip("safetensors", reason="needs safetensors (extra [hub])")
 
-from nr.generation.beam_search import beam_search  # noqa: E402
+from nr.generation.beams.beam_search import beam_search  # noqa: E402
 from nr.generation.language_models import Network  # noqa: E402
 from nr.generation.stopping import Stop  # noqa: E402
 from nr.interchange.huggingface import save_huggingface  # noqa: E402

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nr.generation import decoding
-from nr.generation.beam_selection import Candidates, picked
+from nr.generation.beams.beam_selection import Candidates, picked
 from nr.names import unknown
 
 GROUPINGS = ("clauses", "tokens")

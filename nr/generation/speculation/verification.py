@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nr.generation.draft_trees import DraftTree
+from nr.generation.speculation.draft_trees import DraftTree
 from nr.names import unknown
 
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from nr.generation import decoding
 from nr.generation.language_models import LanguageModel
-from nr.generation.particle_filter import MODEL, particle_filter
-from nr.generation.potentials import Potential, product
+from nr.generation.particles.particle_filter import MODEL, particle_filter
+from nr.generation.particles.potentials import Potential, product
 from nr.generation.samplers import Gumbel, sampler
 from nr.generation.stopping import Stop
 from nr.generation.transforms.algebra import IDENTITY, Context, Transform

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nr.generation import decoding, resampling
+from nr.generation import decoding
 from nr.generation.language_models import LanguageModel, Outputs
-from nr.generation.particles import Goal, Particles, Rows, prepare, read, result, settle, start
-from nr.generation.potentials import Potential, add_twist
+from nr.generation.particles import resampling
+from nr.generation.particles.potentials import Potential, add_twist
+from nr.generation.particles.weighted_texts import Goal, Particles, Rows, prepare, read, result, settle, start
 from nr.generation.samplers import Gumbel, Sampler
 from nr.generation.stopping import RUNNING, Stop
 from nr.generation.transforms.algebra import IDENTITY, Transform

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from nr.generation import decoding
-from nr.generation.draft_trees import DraftLaws, DraftTree, draft_laws
-from nr.generation.drafters import Drafter, Emission, Proposal, Request
 from nr.generation.language_models import LanguageModel, Outputs
 from nr.generation.sample import generated_tokens
+from nr.generation.speculation.draft_trees import DraftLaws, DraftTree, draft_laws
+from nr.generation.speculation.drafters import Drafter, Emission, Proposal, Request
+from nr.generation.speculation.verification import RULES, Outcomes, Rule, check_rule, draw
 from nr.generation.stopping import LENGTH, RUNNING, Stop
 from nr.generation.transforms.algebra import IDENTITY, Chain, Context, Transform
-from nr.generation.verification import RULES, Outcomes, Rule, check_rule, draw
 
 # Positions are visited again after a rejection, so keys are those of a row's round, not of its
 # position, and lie where no position's keys do.
@@ -116,14 +116,14 @@ def speculative(
 
   Args:
     model: the target; any language model, streams and interventions included.
-    drafter: see `nr.generation.drafters`.
+    drafter: see `nr.generation.speculation.drafters`.
     prompts_BP: int32 token ids, padded on the left (`pad_prompts`).
     valid_BP: bool, False at padding; None when there is none.
     key: random key; None only for the greedy rule.
     chain: transforms of the target's logits; per-row parameters are those of prompts.
     max_new_tokens: most tokens to add; static.
     draft_length: drafts a call, 0 for none; static. None: the drafter's choice.
-    rule: "token", "block" or "greedy" (`nr.generation.verification`). None: "token"
+    rule: "token", "block" or "greedy" (`nr.generation.speculation.verification`). None: "token"
       with a key, else "greedy".
     num_samples: samples of each prompt, from one reading of it; static.
     stop: what ends a row, exactly where sampling would; None: nothing.
@@ -315,7 +315,7 @@ def verify(
     state: its state behind the last token.
     context: history.
     tree: shape of the drafts.
-    rule: of `nr.generation.verification`.
+    rule: of `nr.generation.speculation.verification`.
     outputs: of the target, [B, M, ...].
     proposal: the drafts.
   """

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nr.generation import decoding, resampling
+from nr.generation import decoding
 from nr.generation.language_models import LanguageModel, Outputs
-from nr.generation.potentials import Potential, product
+from nr.generation.particles import resampling
+from nr.generation.particles.potentials import Potential, product
 from nr.generation.sample import generated_tokens
 from nr.generation.stopping import BROKEN, DEAD_END, LENGTH, RUNNING, Stop
 from nr.generation.transforms.algebra import Chain, Context, Transform, chain

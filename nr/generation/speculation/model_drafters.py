@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nr.generation import decoding
-from nr.generation.draft_trees import DraftTree, DraftWalk, flat
-from nr.generation.drafters import Drafter, Emission, Proposal, Request, certain
 from nr.generation.language_models import LanguageModel, Network, Outputs
+from nr.generation.speculation.draft_trees import DraftTree, DraftWalk, flat
+from nr.generation.speculation.drafters import Drafter, Emission, Proposal, Request, certain
 from nr.generation.transforms.algebra import Chain, Transform, chain
 from nr.models import parameters
 from nr.models.concept_mixing import ConceptMixingTransformer

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nr.generation import beam_selection, decoding
-from nr.generation.beam_constraints import Lexical
-from nr.generation.beam_selection import NORMALIZATIONS, STOP_RULES, Candidates, Ended
+from nr.generation import decoding
+from nr.generation.beams import beam_selection
+from nr.generation.beams.beam_constraints import Lexical
+from nr.generation.beams.beam_selection import NORMALIZATIONS, STOP_RULES, Candidates, Ended
 from nr.generation.decoding import Law
 from nr.generation.language_models import LanguageModel, Outputs
 from nr.generation.sample import generated_tokens

@@ -3,7 +3,7 @@
 A drafter is a pytree. Its proposals are a tree of tokens (mostly a chain) and the
 laws that they were drawn from; whatever it proposes, the law of the text is the
 target's, and only the number of the target's calls depends on the drafter. Drafters
-with a model are in `nr.generation.model_drafters`.
+with a model are in `nr.generation.speculation.model_drafters`.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from nr.generation.draft_trees import DraftTree
 from nr.generation.language_models import LanguageModel
+from nr.generation.speculation.draft_trees import DraftTree
 from nr.generation.transforms.algebra import Chain, Context
 
 DEFAULT_LENGTH = 4

@@ -1,0 +1,1 @@
+"""Sequence-level targets: potentials, particle filters, steering, rejection, Metropolis chains."""

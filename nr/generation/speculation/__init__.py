@@ -1,0 +1,1 @@
+"""Speculative decoding: drafters, trees of drafts, rules of acceptance, the driver."""

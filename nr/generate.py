@@ -186,14 +186,22 @@ class Printer:
     if self.arguments.stream:
       tokens = generation.tokens_RN[0, : int(generation.lengths_R[0])].tolist()
       text = self._decode(tokens)
+      if generation.finish_R[0] == 0 and self.arguments.stop:
+        # What may become a stop string is not printed yet.
+        text = text[: len(text) - max(map(len, self.arguments.stop)) + 1]
       # A character may need more tokens: wait until it is whole.
-      if not text.endswith("\ufffd"):
+      if not text.endswith("\ufffd") and len(text) > len(self.printed):
         print(text[len(self.printed) :], end="", flush=True)
         self.printed = text
 
   def _decode(self, tokens: list[int]) -> str:
-    end = self.checkpoint.tokenizer.end_of_text_id
-    return self.checkpoint.tokenizer.decode([token for token in tokens if token != end])
+    ends = self.checkpoint.end_ids
+    text = self.checkpoint.tokenizer.decode([token for token in tokens if token not in ends])
+    if not self.arguments.stop:
+      return text
+    from nr.generation.constraints.stop_strings import cut_text
+
+    return text[: cut_text(text, self.arguments.stop)]
 
   def finish(self, texts: list[Any], seconds: float) -> None:
     """Prints the texts that are not printed yet, and the rates."""

@@ -173,7 +173,7 @@ def _draw(law: Chain, stop: Stop, loop: _Loop, outputs: Any, permuted_by: int) -
   """Takes the token at each row's code."""
   is_running_R = loop.finish_R == RUNNING
   formed = decoding.form_law(law, loop.state, outputs, loop.context)
-  tokens_R, codes_R, widths_R = _choose(formed, loop.codes_R, permuted_by)
+  tokens_R, codes_R, widths_R = _choose(formed, loop.codes_R, loop.step, permuted_by)
   codes_R, widths_R = _refreshed(codes_R, loop.widths_R * widths_R, formed.context.step_keys(_REFRESH))
   state, context = decoding.commit(law, loop.state, formed, tokens_R, is_running_R)
   finish_R, stop_states_R = stop.advance(loop.stop_states_R, tokens_R, context, formed.is_broken_B)
@@ -196,12 +196,16 @@ def _draw(law: Chain, stop: Stop, loop: _Loop, outputs: Any, permuted_by: int) -
   )
 
 
-def _choose(formed: Law, codes_R: jax.Array, permuted_by: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _choose(
+  formed: Law, codes_R: jax.Array, step: jax.Array, permuted_by: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns `bucket` of the law, its vocabulary permuted alike for every `permuted_by` rows (0: not)."""
   if not permuted_by:
     return bucket(formed.transformed_BV, codes_R)
   vocab_size = formed.transformed_BV.shape[1]
-  keys_B = formed.context.step_keys(_PERMUTE)[::permuted_by]
+  # By step: the position of a sample that has ended stands still, the others go on.
+  fold = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, step), _PERMUTE))
+  keys_B = fold(formed.context.keys_B[::permuted_by])
   order_BV = jax.vmap(lambda key: jax.random.permutation(key, vocab_size))(keys_B)
   order_RV = jnp.repeat(order_BV, permuted_by, axis=0)
   tokens_R, codes_R, widths_R = bucket(jnp.take_along_axis(formed.transformed_BV, order_RV, axis=1), codes_R)

@@ -70,6 +70,11 @@ class WithCandidateScores(LanguageModel):
     return self.main.vocab_size
 
   @property
+  def num_contexts(self) -> int:
+    """Those of the main model."""
+    return self.main.num_contexts
+
+  @property
   def max_length(self) -> int | None:
     """The least of both."""
     lengths = [model.max_length for model in (self.main, self.scorer)]
@@ -206,6 +211,11 @@ class WithCandidateScores(LanguageModel):
 
   def _each(self, cache: dict[str, Any], change: Callable[[LanguageModel, Any], Any]) -> dict[str, Any]:
     return {name: change(getattr(self, name), its) for name, its in cache.items()}
+
+  def check_drafts(self, count: int) -> None:
+    """Asks the main model and the scorer, which also takes its candidates back."""
+    self.main.check_drafts(count)
+    self.scorer.check_drafts(count + self.k)
 
   def take(self, rows_B: jax.Array) -> Self:
     """Gathers the rows of both models."""

@@ -191,6 +191,12 @@ class _Engine:
       raise ValueError(
         f"request {number}: its chain is {theirs}, the engine's {mine}; use the same transforms"
       )
+    shared, its = (jax.tree.leaves(each.tables()) for each in (self.law, law))
+    if any(not np.array_equal(ours, theirs) for ours, theirs in zip(shared, its, strict=True)):
+      raise ValueError(
+        f"request {number}: its chain has other tables (tokens, automata) than the engine's, which all rows share; "
+        "join automata and give each request its start, or serve such requests apart"
+      )
     return law, limit
 
   def finish_codes(self) -> np.ndarray:

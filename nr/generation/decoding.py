@@ -125,12 +125,18 @@ def check_request(
     raise ValueError("valid_BP: the last column holds padding; prompts are padded on the left")
   if hasattr(model, "check"):
     model.check()
-  needed = prompts_BP.shape[1] + max_new_tokens - 1 + extra_tokens
+  is_concrete = not any(isinstance(each, jax.core.Tracer) for each in (prompts_BP, valid_BP))
+  # Padding takes no position.
+  longest = int(valid_BP.sum(axis=1).max()) if is_concrete else prompts_BP.shape[1]
+  needed = longest + max_new_tokens - 1 + extra_tokens
   if model.max_length is not None and needed > model.max_length:
     raise ValueError(
-      f"prompts of {prompts_BP.shape[1]} and max_new_tokens={max_new_tokens} need {needed} positions; "
+      f"prompts of {longest} and max_new_tokens={max_new_tokens} need {needed} positions; "
       f"the model has max_length={model.max_length}; shorten one of them"
     )
+  known = model.num_contexts
+  if is_concrete and bool((valid_BP & ((prompts_BP < 0) | (prompts_BP >= known))).any()):
+    raise ValueError(f"prompts_BP holds ids outside 0..{known - 1}: give ids of the model's tokenizer")
   prepared = chain(law).prepared()
   for name, value in prepared.row_parameters().items():
     if jnp.ndim(value) > 0 and value.shape[0] != prompts_BP.shape[0]:

@@ -61,6 +61,11 @@ class LanguageModel:
     raise NotImplementedError
 
   @property
+  def num_contexts(self) -> int:
+    """Number of token ids that prompts may hold."""
+    return self.vocab_size
+
+  @property
   def max_length(self) -> int | None:
     """Most tokens a row may have, or None."""
     return None
@@ -336,6 +341,11 @@ class Markov(LanguageModel):
     return self.logits_CV.shape[1]
 
   @property
+  def num_contexts(self) -> int:
+    """Number of rows of the table."""
+    return self.logits_CV.shape[0]
+
+  @property
   def offers(self) -> frozenset[str]:
     """The extra tables."""
     return frozenset(
@@ -413,6 +423,11 @@ class WithStreams(LanguageModel):
     return self.main.vocab_size
 
   @property
+  def num_contexts(self) -> int:
+    """Those of the main model."""
+    return self.main.num_contexts
+
+  @property
   def max_length(self) -> int | None:
     """The least of all."""
     models = [self.main, *(stream.model for stream in self.streams.values())]
@@ -465,6 +480,10 @@ class WithStreams(LanguageModel):
       its_prompts_BP, its_valid_BP = prompts_BP, valid_BP
       if stream.prompts_BP is not None:
         its_prompts_BP = stream.prompts_BP
+        if its_prompts_BP.shape[0] != prompts_BP.shape[0]:
+          raise ValueError(
+            f"stream {name!r} has {its_prompts_BP.shape[0]} prompts for {prompts_BP.shape[0]} rows: give one a row"
+          )
         whole_BP = jnp.ones(its_prompts_BP.shape, bool)
         its_valid_BP = whole_BP if stream.valid_BP is None else stream.valid_BP
       its_capacity = capacity - prompts_BP.shape[1] + its_prompts_BP.shape[1]

@@ -90,6 +90,8 @@ def sample(
   sampler = (Greedy() if key is None else Gumbel()) if sampler is None else sampler
   if key is None and isinstance(sampler, Gumbel):
     raise ValueError("key: the Gumbel sampler draws at random; give a random key, or Greedy()")
+  if hasattr(sampler, "check"):
+    sampler.check(batch * num_samples, max_new_tokens)
   if on_tokens is not None and stream_every < 1:
     raise ValueError(f"stream_every={stream_every}: give at least 1")
   stop = (stop or Stop()).prepared(batch, max_new_tokens, model.vocab_size)

@@ -77,6 +77,12 @@ class InverseCdf:
     step_B1 = context.generated_B[:, None]
     return inverse_cdf(logits_BV, jnp.take_along_axis(self.uniforms_BT, step_B1, axis=1)[:, 0])
 
+  def check(self, rows: int, max_new_tokens: int) -> None:
+    """Raises ValueError for too few uniforms, or some outside [0, 1)."""
+    _check_values("uniforms_BT", self.uniforms_BT, rows, max_new_tokens)
+    if bool((self.uniforms_BT < 0).any() | (self.uniforms_BT >= 1).any()):
+      raise ValueError("uniforms_BT: give values in [0, 1) as float32; 1.0 lies outside")
+
   take = _take_all
 
 
@@ -94,7 +100,18 @@ class Replay:
     """Returns the token at each row's position."""
     return jnp.take_along_axis(self.tokens_BT, context.generated_B[:, None], axis=1)[:, 0].astype(jnp.int32)
 
+  def check(self, rows: int, max_new_tokens: int) -> None:
+    """Raises ValueError for too few tokens."""
+    _check_values("tokens_BT", self.tokens_BT, rows, max_new_tokens)
+
   take = _take_all
+
+
+def _check_values(name: str, values_BT: jax.Array, rows: int, max_new_tokens: int) -> None:
+  if values_BT.ndim != 2 or values_BT.shape[0] != rows or values_BT.shape[1] < max_new_tokens:
+    raise ValueError(
+      f"{name} has shape {values_BT.shape}: give {rows} rows of at least max_new_tokens={max_new_tokens} values"
+    )
 
 
 def inverse_cdf(logits_BV: jax.Array, uniforms_B: jax.Array) -> jax.Array:

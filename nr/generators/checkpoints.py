@@ -26,6 +26,7 @@ class Checkpoint(NamedTuple):
     network: parameters on the device, in the layout that decodes fastest.
     tokenizer: with encode, decode, vocab_size, end_of_text_id, fingerprint, token_bytes.
     begin_ids: token ids that stand before a prompt.
+    end_ids: token ids that end a text.
     spec: settings of the model.
   """
 
@@ -33,6 +34,7 @@ class Checkpoint(NamedTuple):
   network: Network
   tokenizer: Any
   begin_ids: tuple[int, ...]
+  end_ids: tuple[int, ...]
   spec: Any
 
 
@@ -109,7 +111,7 @@ def _open_gguf(path: pathlib.Path, tokenizer: Any, settings: dict) -> Checkpoint
   own = GgufTokenizer(file) if tokenizer is None else load_tokenizer(tokenizer)
   begin = getattr(own, "begin_of_text_id", None)
   begin_ids = (begin,) if begin is not None and getattr(own, "adds_begin_of_text", False) else ()
-  return Checkpoint(str(path), make_network(spec, params), own, begin_ids, spec)
+  return Checkpoint(str(path), make_network(spec, params), own, begin_ids, (own.end_of_text_id,), spec)
 
 
 def _open_llama2c(path: pathlib.Path, tokenizer: Any, settings: dict) -> Checkpoint:
@@ -121,8 +123,9 @@ def _open_llama2c(path: pathlib.Path, tokenizer: Any, settings: dict) -> Checkpo
     if len(beside) != 1:
       raise ValueError(f"{path}: {len(beside)} files tok*.bin lie beside it; name one with --tokenizer")
     tokenizer = beside[0]
+  own = load_tokenizer(tokenizer)
   # llama2.c begins every text with id 1 (run.c, `generate`).
-  return Checkpoint(str(path), make_network(spec, params), load_tokenizer(tokenizer), (1,), spec)
+  return Checkpoint(str(path), make_network(spec, params), own, (1,), (own.end_of_text_id,), spec)
 
 
 def _open_huggingface(folder: pathlib.Path, tokenizer: Any, settings: dict) -> Checkpoint:
@@ -132,12 +135,16 @@ def _open_huggingface(folder: pathlib.Path, tokenizer: Any, settings: dict) -> C
   config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
   extra = folder / "tokenizer_config.json"
   extra = json.loads(extra.read_text(encoding="utf-8")) if extra.is_file() else {}
-  end = config.get("eos_token_id")
-  end = end[0] if isinstance(end, list) else end
-  own = load_tokenizer(folder if tokenizer is None else tokenizer, end)
+  generation = folder / "generation_config.json"
+  if generation.is_file():
+    config = {**config, **json.loads(generation.read_text(encoding="utf-8"))}
+  ends = config.get("eos_token_id")
+  ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+  own = load_tokenizer(folder if tokenizer is None else tokenizer, ends[0] if ends else None)
   begin = config.get("bos_token_id")
   begin_ids = (begin,) if extra.get("add_bos_token") and begin is not None else ()
-  return Checkpoint(str(folder), make_network(spec, params), own, begin_ids, spec)
+  end_ids = tuple(dict.fromkeys([*ends, own.end_of_text_id]))
+  return Checkpoint(str(folder), make_network(spec, params), own, begin_ids, end_ids, spec)
 
 
 def _open_ours(path: pathlib.Path, tokenizer: Any, model: str | None, settings: dict) -> Checkpoint:
@@ -161,7 +168,9 @@ def _open_ours(path: pathlib.Path, tokenizer: Any, model: str | None, settings: 
   params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
   own = _our_tokenizer(folder, metadata["tokenizer"], tokenizer)
   # Documents follow the end of the one before them.
-  return Checkpoint(str(folder), make_network(spec, params), own, (own.end_of_text_id,), spec)
+  return Checkpoint(
+    str(folder), make_network(spec, params), own, (own.end_of_text_id,), (own.end_of_text_id,), spec
+  )
 
 
 def _model_folder(path: pathlib.Path, model: str | None) -> pathlib.Path:

@@ -114,10 +114,10 @@ class Job:
       ValueError: a chat without a template, a constraint that no text meets.
     """
     self.settings, self.checkpoint, self.prompts = settings, checkpoint, prompts
-    tokenizer = checkpoint.tokenizer
     self.ids = [self._encode(prompt) for prompt in self.prompts]
-    end_ids = [] if settings.ignore_end else [tokenizer.end_of_text_id]
-    self.law = chain(law, *self._constraints())
+    end_ids = [] if settings.ignore_end else list(checkpoint.end_ids)
+    # Constraints first: a truncation before them could drop all that they allow.
+    self.law = chain(*self._constraints(), law)
     strings = None
     if settings.stop:
       from nr.generation.constraints.stop_strings import stop_strings
@@ -162,7 +162,7 @@ class Job:
     built = {begin: build(begin, spelled) for begin in removed}
     joined = automaton.join(list(built.values()))
     which_B = np.array([list(built).index(begin) for begin in removed])
-    ends = [self.checkpoint.tokenizer.end_of_text_id]
+    ends = list(self.checkpoint.end_ids)
     return [automaton.Constrain(joined, ends, start=joined.start[which_B])]
 
   def _build(self, begin: bytes, spelled: list) -> Any:

@@ -173,7 +173,8 @@ class Transformer(nnx.Module):
     if spec.scale_embedding:
       x_BLD = x_BLD * jnp.asarray(spec.model_dim**0.5, spec.dtype)
     if self.position_embedding is not None:
-      if length > spec.max_length:
+      # Given positions may be fewer than rows: padding takes none.
+      if length > spec.max_length and positions_BL is None:
         raise ValueError(f"tokens_BL has length {length}: max_length={spec.max_length} is the most")
       table_PD = self.position_embedding[...].astype(spec.dtype)
       x_BLD = x_BLD + (table_PD[:length] if positions_BL is None else table_PD[positions_BL])

@@ -11,6 +11,7 @@ from nr.generation.decoding import pad_prompts
 from nr.generation.language_models import Stream, WithStreams
 from nr.generation.sample import sample
 from nr.generation.stopping import Stop
+from nr.generation.transforms import LogitBias
 from nr.generation.transforms.algebra import Transform, chain, column, row, transform
 from nr.models.cache import CacheSpec
 from tests.generation import toy
@@ -55,7 +56,9 @@ def test_requests_bring_their_own_parameters():
   alone = sample(
     network, *pad_prompts(PROMPTS), key, chain=chain(Sharpen(np.array(scales, np.float32))), max_new_tokens=6
   )
-  for each in serve(network, requests, key, chain=chain(Sharpen(1.0001)), **SIZES):
+  served = list(serve(network, requests, key, chain=chain(Sharpen(1.0001)), **SIZES))
+  assert sorted(each.number for each in served) == list(range(len(PROMPTS)))
+  for each in served:
     np.testing.assert_array_equal(each.tokens, alone.tokens_RN[each.number])
     assert each.request.tag == scales[each.number]
 
@@ -80,6 +83,12 @@ def test_short_requests_overtake_long_ones_and_an_endless_stream_is_served():
 def test_bad_requests_are_named(request_, message):
   with pytest.raises(ValueError, match=message):
     list(serve(toy.tiny_network(), [request_], None, **SIZES))
+
+
+def test_requests_with_other_tables_are_refused():
+  requests = [Request([1], chain=LogitBias([2], [50.0]))]
+  with pytest.raises(ValueError, match="request 0: its chain has other tables"):
+    list(serve(toy.tiny_network(), requests, None, chain=LogitBias([0], [50.0]), **SIZES))
 
 
 def test_models_whose_rows_cannot_be_exchanged_are_refused():

@@ -14,6 +14,7 @@ from nr.generation.language_models import Network, Stream, WithStreams
 from nr.generation.sample import sample, texts
 from nr.generation.samplers import Greedy, Gumbel, InverseCdf, Replay, gumbel_top_k
 from nr.generation.stopping import BROKEN, LENGTH, LOOP, STOP_ID, Stop
+from nr.generation.transforms import TopK
 from nr.generation.transforms.algebra import Transform, chain, column, row, transform
 from nr.models.concept_intervention import concept_intervention
 from nr.training import sharding
@@ -262,6 +263,12 @@ NETWORK_24 = toy.tiny_spec(max_length=24, positions="learned")
     (dict(chain=chain(Scale(jnp.ones(4)))), "has 4 values for 1 prompts"),
     (dict(row_ids_B=jnp.arange(3)), "one id for each of the 1 prompts"),
     (dict(on_tokens=print, stream_every=0), "stream_every=0"),
+    (dict(sampler=InverseCdf(jnp.zeros((1, 2)))), "give 1 rows of at least max_new_tokens=3 values"),
+    (dict(sampler=InverseCdf(jnp.ones((1, 3)))), r"give values in \[0, 1\)"),
+    (dict(sampler=Replay(jnp.zeros((2, 3), int))), "give 1 rows"),
+    (dict(prompts_BP=jnp.array([[5]])), r"ids outside 0..4"),
+    (dict(chain=chain(TopK(2.5))), "give a whole number"),
+    (dict(chain=chain(TopK(2**40))), "give a number that fits"),
     (
       dict(model=WithStreams(toy.TOY, {"x": Stream(toy.tiny_network())})),
       "must share the main model's tokenizer",
@@ -288,7 +295,9 @@ def test_bad_networks_are_answered():
     pad_prompts([[1, 2, 3, 4, 5]], 4)
   with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
     pad_prompts([[1], []])
+  learned = toy.tiny_network(positions="learned", max_length=24)
+  # Padding takes no position: 17 tokens in a bucket of 32 fit.
+  assert sample(learned, *pad_prompts([[1] * 17]), max_new_tokens=8).tokens_RN.shape == (1, 8)
   with pytest.raises(ValueError, match="need 25 positions; the model has max_length=24"):
-    learned = toy.tiny_network(positions="learned", max_length=24)
     sample(learned, jnp.zeros((1, 6), int), max_new_tokens=20)
   assert isinstance(Greedy(), Greedy) and isinstance(toy.tiny_network(), Network)

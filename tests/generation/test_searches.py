@@ -13,6 +13,7 @@ from nr.generation.beams.stochastic_beam_search import conditional_perturbations
 from nr.generation.decoding import pad_prompts
 from nr.generation.language_models import Markov, Stream, WithStreams
 from nr.generation.stopping import Stop
+from nr.generation.transforms import MirostatV2
 from nr.generation.transforms.algebra import chain
 from tests.generation import toy
 from tests.generation.searching import END, MAX_NEW, PROMPTS, STRENGTH, WIDTH, Tally, assert_told_alike
@@ -184,3 +185,8 @@ def test_mistakes_in_best_first_search_are_answered(settings, message):
   settings = {**dict(model=MARKOV, prompt=[1], max_new_tokens=3), **settings}
   with pytest.raises(ValueError, match=message):
     best_first_search(settings.pop("model"), settings.pop("prompt"), **settings)
+
+
+def test_best_first_search_refuses_what_remembers_probabilities():
+  with pytest.raises(ValueError, match="mirostat_v2.. remembers probabilities of the past"):
+    best_first_search(toy.TOY, [toy.BOS], chain=MirostatV2(), max_new_tokens=3)

@@ -264,5 +264,8 @@ def test_a_stream_of_requests_draws_what_sampling_draws():
     max_prompt_tokens=1,
     max_new_tokens=LONGEST,
   )
+  served = list(served)
+  assert sorted(each.number for each in served) == list(range(len(CASES)))
   for each in served:
-    np.testing.assert_array_equal(each.tokens, drawn.tokens_RN[each.number, : len(each.tokens)])
+    length = int(drawn.lengths_R[each.number])
+    np.testing.assert_array_equal(each.tokens, drawn.tokens_RN[each.number, :length])

@@ -39,6 +39,8 @@ class GrammarMask(Transform):
   Outside of `sample_with_grammar`, which writes it, the mask allows everything.
   """
 
+  is_rebuilt_by_init = False
+
   def init(self, context: Context, vocab_size: int) -> jax.Array:
     """Returns masks that allow everything."""
     return jnp.full((context.tokens_BS.shape[0], num_words(vocab_size)), EVERYTHING, jnp.int32)

@@ -21,7 +21,8 @@ from nr.generation.stopping import Stop
 from nr.generation.transforms.algebra import IDENTITY, Context, Transform
 
 # Keep the draws of places and of acceptance apart from those of tokens.
-PLACES, ACCEPTANCE = 7949, 7951
+# Far from positions and row ids, which fold into the same keys.
+PLACES, ACCEPTANCE = 2**31 + 7949, 2**31 + 7951
 
 
 class Chains(NamedTuple):

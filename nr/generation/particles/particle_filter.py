@@ -31,7 +31,8 @@ from nr.names import unknown
 
 LOCALLY_OPTIMAL, MODEL, CHAIN = "locally_optimal", "model", "chain"
 # Keeps the draws of resampling apart from those of tokens and transforms.
-RESAMPLING = 7919
+# Far from positions and row ids, which fold into the same keys.
+RESAMPLING = 2**31 + 7919
 
 
 class _Loop(NamedTuple):

@@ -21,7 +21,8 @@ from nr.generation.transforms.algebra import IDENTITY, Transform
 # Rounding of a weight that is as large as its bound; nats.
 TOLERANCE = 1e-4
 # Keeps the draws of acceptance apart from those of tokens.
-ACCEPTANCE = 7937
+# Far from positions and row ids, which fold into the same keys.
+ACCEPTANCE = 2**31 + 7937
 
 # (tokens [R, N], lengths [R], prompt of each text [R]) -> log phi [R]; NumPy arrays.
 HostPotential = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]

@@ -19,7 +19,8 @@ from nr.generation.stopping import DEAD_END, RUNNING, Stop
 from nr.generation.transforms.algebra import IDENTITY, Transform
 
 # Keep the draws of expansion and of selection apart from those of transforms.
-EXPANSION, SELECTION = 7927, 7933
+# Far from positions and row ids, which fold into the same keys.
+EXPANSION, SELECTION = 2**31 + 7927, 2**31 + 7933
 
 
 class _Loop(NamedTuple):

@@ -72,6 +72,8 @@ class AdaptiveP(Transform):
     decay: weight of the past, so that about 1 / (1 - decay) tokens count.
   """
 
+  is_rebuilt_by_init = False
+
   target: Parameter = row(most=1)
   decay: Parameter = row(0.9, least=0, most=0.99)
 
@@ -107,6 +109,8 @@ class AdaptiveP(Transform):
 
 class _Mirostat(Transform):
   """The bound mu on surprise, and its feedback mu -= eta (surprise - tau), in bits."""
+
+  is_rebuilt_by_init = False
 
   tau: Parameter
   eta: Parameter

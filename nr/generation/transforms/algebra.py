@@ -119,9 +119,12 @@ class Transform:
     name: what it is called in text and configs.
     needs: "streams:<name>" and "hidden:<name>" that the model must offer.
     is_argmax_invariant: whether it never changes which token is the most probable.
+    is_rebuilt_by_init: whether `init` finds the state of any history in its tokens. Where
+      the state holds probabilities of the past, it cannot, and starts anew.
   """
 
   name: ClassVar[str] = ""
+  is_rebuilt_by_init: ClassVar[bool] = True
   is_argmax_invariant: ClassVar[bool] = False
 
   @property
@@ -148,6 +151,11 @@ class Transform:
   def take(self, rows_B: jax.Array) -> Self:
     """Returns the transform with its per-row parameters gathered; scalars and tables stay."""
     return self.map_rows(lambda value: jnp.take(value, rows_B, axis=0) if jnp.ndim(value) else value)
+
+  def tables(self) -> dict[str, Any]:
+    """Returns what all rows share, by name."""
+    names = [field.name for field in dataclasses.fields(self) if field.metadata["kind"] == "table"]
+    return {name: getattr(self, name) for name in names}
 
   def map_rows(self, change: Callable[..., jax.Array], *others: Self) -> Self:
     """Returns it with `change` applied to each numeric parameter, and to those of `others` beside it."""
@@ -198,8 +206,10 @@ def checked_value(label: str, value: Any, metadata: Any) -> jax.Array:
     return value
   try:
     array = np.asarray(value, metadata["dtype"])
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{label}={value!r}: give a number, or one a row") from error
+  except (TypeError, ValueError, OverflowError) as error:
+    raise ValueError(f"{label}={value!r}: give a number that fits, or one a row") from error
+  if np.issubdtype(array.dtype, np.integer) and not np.array_equal(array, np.asarray(value)):
+    raise ValueError(f"{label}={value!r}: give a whole number, or one a row")
   if array.ndim > 1:
     raise ValueError(f"{label} has shape {array.shape}: give a scalar or one value a row, [B]")
   tests: dict[str, tuple[Callable, str]] = {
@@ -288,6 +298,10 @@ class Chain(Transform):
   def take(self, rows_B: jax.Array) -> Self:
     """Gathers the per-row parameters of all."""
     return Chain(tuple(each.take(rows_B) for each in self.transforms))
+
+  def tables(self) -> dict[str, Any]:
+    """Returns the tables of all, by position and name."""
+    return {f"{index}.{each.name}": each.tables() for index, each in enumerate(self.transforms)}
 
   def map_rows(self, change: Callable[..., jax.Array], *others: Self) -> Self:
     """Applies `change` to the numeric parameters of all."""

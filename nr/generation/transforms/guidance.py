@@ -221,6 +221,8 @@ class Gedi(Transform):
     undesired: that of the other class.
   """
 
+  is_rebuilt_by_init = False
+
   strength: Parameter = row(30.0)
   scale: Parameter = row(1.0, above=0.0)
   bias: Parameter = row(0.0)

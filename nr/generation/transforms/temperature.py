@@ -50,7 +50,7 @@ class Temperature(Transform):
   """
 
   is_argmax_invariant = True
-  tau: Parameter = row(least=0)
+  tau: Parameter = row(least=0, below=float("inf"))
 
   def apply(self, logits_BV: jax.Array, state: State, context: Context) -> jax.Array:
     """Returns z / tau."""

@@ -38,7 +38,7 @@ EXTRAS = {
   "hub": ["safetensors", "huggingface-hub", "datasets", "gguf"],
   "constraints": ["outlines-core>=0.2.14", "llguidance>=1.9"],
   "test": [
-    "pytest>=8", "chex", "tensorboard", "safetensors", "gguf", "tokenizers", "pyarrow", "jinja2",
+    "pytest>=8", "pytest-xdist", "chex", "tensorboard", "safetensors", "gguf", "tokenizers", "pyarrow", "jinja2",
     "outlines-core>=0.2.14", "llguidance>=1.9",
   ],  # fmt: skip
   "lint": ["ruff>=0.14", "import-linter>=2"],

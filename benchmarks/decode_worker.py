@@ -229,7 +229,7 @@ class JaxSide:
     rows = []
     for length, generation in drawn.items():
       calls = int(jnp.max(generation.calls))
-      per_call = (new - 1) / calls
+      per_call = new / calls
       accepted = float(generation.acceptance)
       one, many = self._call_seconds(model, prompts, new, length)
       # Looked-up drafts cost nothing, but a call that reads more tokens costs more.

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from nr.generation import decoding
-from nr.generation.language_models import LanguageModel, Network, WithStreams
+from nr.generation.language_models import LanguageModel, Network
 from nr.generation.rows import Rows, advance, open_rows
 from nr.generation.sample import generated_tokens
 from nr.generation.samplers import Greedy, Gumbel
 from nr.generation.stopping import FINISH_REASONS, LENGTH, RUNNING, Stop
+from nr.generation.streams import WithStreams
 from nr.generation.transforms.algebra import IDENTITY, Chain, Transform, chain
 
 

@@ -12,9 +12,10 @@ from nr.generation.beams.beam_constraints import Without, lexical, look_ahead
 from nr.generation.beams.beam_search import beam_search
 from nr.generation.beams.best_first import best_first_search
 from nr.generation.decoding import pad_prompts
-from nr.generation.language_models import Markov, Stream, WithStreams
+from nr.generation.markov import Markov
 from nr.generation.sample import sample
 from nr.generation.stopping import DEAD_END, LENGTH, STOP_STRING, Stop
+from nr.generation.streams import Stream, WithStreams
 from nr.generation.transforms.algebra import Transform, chain, row, transform
 from tests.generation import toy
 from tests.generation.searching import END, MAX_NEW, PROMPTS, STRENGTH, WIDTH, Tally, assert_told_alike

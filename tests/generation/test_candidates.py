@@ -11,7 +11,7 @@ import pytest
 from nr.generation.candidate_scoring import WithCandidateScores, linear_score, log_sigmoid_score
 from nr.generation.contrastive_search import contrastive_search
 from nr.generation.decoding import pad_prompts
-from nr.generation.language_models import Markov
+from nr.generation.markov import Markov
 from nr.generation.sample import sample
 from nr.generation.stopping import LENGTH, STOP_ID, Stop
 from nr.generation.transforms.guidance import Rad

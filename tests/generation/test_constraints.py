@@ -22,7 +22,7 @@ from nr.generation.constraints.regular import json_schema, regex
 from nr.generation.constraints.stop_strings import cut_text, stop_strings
 from nr.generation.constraints.vocabulary import token_bytes
 from nr.generation.decoding import pad_prompts
-from nr.generation.language_models import Markov
+from nr.generation.markov import Markov
 from nr.generation.sample import sample
 from nr.generation.samplers import Greedy, Replay
 from nr.generation.stopping import BROKEN, LENGTH, STOP_ID, STOP_STRING, Stop

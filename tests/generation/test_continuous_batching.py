@@ -8,9 +8,9 @@ import pytest
 
 from nr.generation.continuous_batching import Request, serve
 from nr.generation.decoding import pad_prompts
-from nr.generation.language_models import Stream, WithStreams
 from nr.generation.sample import sample
 from nr.generation.stopping import Stop
+from nr.generation.streams import Stream, WithStreams
 from nr.generation.transforms import LogitBias
 from nr.generation.transforms.algebra import Transform, chain, column, row, transform
 from nr.models.cache import CacheSpec

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from nr.generation.decoding import begin, form_law, pad_prompts, row_keys
-from nr.generation.language_models import Markov, Stream, WithStreams
+from nr.generation.markov import Markov
 from nr.generation.sample import sample
 from nr.generation.samplers import Replay
 from nr.generation.stopping import Stop
+from nr.generation.streams import Stream, WithStreams
 from nr.generation.transforms.algebra import Context, chain
 from nr.generation.transforms.guidance import Args, Fudge, Gedi, Rad, ValueGuidance
 from nr.generation.transforms.layer_contrast import LayerContrast, early_exit_layers

@@ -10,10 +10,11 @@ import pytest
 from nr.generation import rows
 from nr.generation import sample as driver
 from nr.generation.decoding import pad_prompts
-from nr.generation.language_models import Network, Stream, WithStreams
+from nr.generation.language_models import Network
 from nr.generation.sample import sample, texts
 from nr.generation.samplers import Greedy, Gumbel, InverseCdf, Replay, gumbel_top_k
 from nr.generation.stopping import BROKEN, LENGTH, LOOP, STOP_ID, Stop
+from nr.generation.streams import Stream, WithStreams
 from nr.generation.transforms import TopK
 from nr.generation.transforms.algebra import Transform, chain, column, row, transform
 from nr.models.concept_intervention import concept_intervention

@@ -11,8 +11,9 @@ from nr.generation.arithmetic_sampling import _refreshed, arithmetic_sample, buc
 from nr.generation.beams.best_first import best_first_search
 from nr.generation.beams.stochastic_beam_search import conditional_perturbations, stochastic_beam_search
 from nr.generation.decoding import pad_prompts
-from nr.generation.language_models import Markov, Stream, WithStreams
+from nr.generation.markov import Markov
 from nr.generation.stopping import Stop
+from nr.generation.streams import Stream, WithStreams
 from nr.generation.transforms import MirostatV2
 from nr.generation.transforms.algebra import chain
 from tests.generation import toy

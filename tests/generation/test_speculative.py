@@ -9,7 +9,6 @@ import pytest
 
 from nr.generation.constraints.stop_strings import stop_strings
 from nr.generation.decoding import pad_prompts
-from nr.generation.language_models import Stream, WithStreams
 from nr.generation.sample import sample
 from nr.generation.samplers import Replay
 from nr.generation.speculation.draft_trees import DraftTree
@@ -17,6 +16,7 @@ from nr.generation.speculation.drafters import ForcedDrafter, NgramDrafter
 from nr.generation.speculation.model_drafters import ModelDrafter, TreeDrafter, early_exit
 from nr.generation.speculation.speculative import speculative
 from nr.generation.stopping import FINISH_REASONS, Stop
+from nr.generation.streams import Stream, WithStreams
 from nr.generation.transforms import (
   Dry,
   MirostatV2,

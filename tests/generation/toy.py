@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nr.generation.language_models import Markov, Network
+from nr.generation.language_models import Network
+from nr.generation.markov import Markov
 from nr.models.concept_mixing import ConceptMixingSpec, ConceptMixingTransformer
 from nr.models.parameters import split
 from nr.models.transformer import Transformer, TransformerSpec

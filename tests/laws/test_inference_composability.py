@@ -18,7 +18,6 @@ from nr.generation.beams.stochastic_beam_search import stochastic_beam_search
 from nr.generation.constraints.automaton import Constrain, anything, join
 from nr.generation.constraints.choices import choices
 from nr.generation.continuous_batching import Request, serve
-from nr.generation.language_models import Stream, WithStreams
 from nr.generation.particles.particle_filter import particle_filter
 from nr.generation.particles.potentials import TokenCount
 from nr.generation.sample import sample
@@ -26,6 +25,7 @@ from nr.generation.samplers import Replay
 from nr.generation.speculation.model_drafters import ModelDrafter
 from nr.generation.speculation.speculative import speculative
 from nr.generation.stopping import Stop
+from nr.generation.streams import Stream, WithStreams
 from nr.generation.transforms import (
   Dry,
   FrequencyPresence,

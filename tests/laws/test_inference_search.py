@@ -9,7 +9,7 @@ from nr.generation.beams.beam_constraints import Without, lexical
 from nr.generation.beams.beam_search import beam_search
 from nr.generation.beams.best_first import best_first_search
 from nr.generation.beams.stochastic_beam_search import stochastic_beam_search
-from nr.generation.language_models import Markov
+from nr.generation.markov import Markov
 from nr.generation.sample import sample
 from nr.generation.stopping import DEAD_END, Stop
 from tests.generation import toy

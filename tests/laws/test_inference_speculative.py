@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from nr.generation import decoding
-from nr.generation.language_models import Stream, WithStreams
 from nr.generation.speculation.draft_trees import DraftTree, draft_laws
 from nr.generation.speculation.drafters import NgramDrafter, Proposal
 from nr.generation.speculation.model_drafters import ModelDrafter, TreeDrafter
@@ -27,6 +26,7 @@ from nr.generation.speculation.verification import (
   tokens_per_call,
 )
 from nr.generation.stopping import Stop
+from nr.generation.streams import Stream, WithStreams
 from nr.generation.transforms import (
   Dry,
   GreenList,

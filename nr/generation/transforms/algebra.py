@@ -354,7 +354,7 @@ def check_needs(needs: Iterable[str], offered: Iterable[str], what: str) -> None
       raise ValueError(
         f"{what} needs {need!r}, which this model does not offer; it offers "
         f"{', '.join(offered) or 'no streams or hidden states'}. Add streams with "
-        "nr.generation.language_models.WithStreams, layers with Network(taps=...)"
+        "nr.generation.streams.WithStreams, layers with Network(taps=...)"
       )
 
 

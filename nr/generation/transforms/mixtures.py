@@ -3,7 +3,7 @@
 Contrastive decoding, classifier-free guidance, experts and anti-experts, products of
 experts, context-aware decoding and coherence boosting are one law with different
 weights: softmax(w_0 log p + sum_i w_i log p_i), where p is the law that enters and the
-p_i are streams that the model offers (`nr.generation.language_models.WithStreams`),
+p_i are streams that the model offers (`nr.generation.streams.WithStreams`),
 sometimes inside a head of tokens that p itself finds likely. `Mix` is that law; the
 other classes here only say what the weights are.
 

@@ -19,9 +19,10 @@ from nr.models.attention import (
   rotate,
   zero_padding,
 )
+from nr.models.blocks import Block, rematerialise
 from nr.models.layers import drop
 from nr.models.partitioning import constrain
-from nr.models.transformer import Block, Transformer, rematerialise
+from nr.models.transformer import Transformer
 
 
 def run_last_block(

@@ -1,5 +1,6 @@
 """Eight simulated CPU devices for every test, and the fixtures that find real data."""
 
+import gc
 import os
 import pathlib
 
@@ -19,6 +20,16 @@ from absl import flags  # noqa: E402
 
 # Grain reads absl flags when it starts worker processes.
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _release_programs():
+  """Lets go of a file's compiled programs: each holds memory maps, of which a process may have 65,530."""
+  yield
+  import jax
+
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")

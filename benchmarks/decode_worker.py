@@ -241,7 +241,7 @@ class JaxSide:
           "plain_seconds": seconds["plain"],
           "seconds": seconds[length],
           "speedup": seconds["plain"] / seconds[length],
-          "formula": (1 - accepted ** (length + 1)) / (1 - accepted) / (length * cost + 1),
+          "formula": sum(accepted**run for run in range(length + 1)) / (length * cost + 1),
           "acceptance": accepted,
           "tokens_per_call": per_call,
           "draft_cost": cost,

@@ -161,8 +161,7 @@ def write_generate(result: dict) -> list[str]:
     "## Greedy decoding of the same weights",
     "",
     "The lead is largest where a step is bound by memory and by the overhead of a call (batch 1, small models). "
-    "At batch 32 a smaller share of the bandwidth is used: matrix products bound the step there, and both sides' "
-    "are of like speed.",
+    "At batch 32 a smaller share of the bandwidth is used: there the lead is smaller.",
   ]
   for shape, entry in result.items():
     lines += [

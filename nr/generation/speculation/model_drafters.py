@@ -62,7 +62,14 @@ class ModelDrafter(Drafter):
   def prepared(self, model: LanguageModel, request: Request) -> Self:
     """Settles its chain."""
     if self.chain is None:
-      own = chain(*(each for each in request.law.transforms if each.needs <= self.model.offers))
+      # What remembers streams of the past cannot follow the target's tokens, of which only laws are told.
+      own = chain(
+        *(
+          each
+          for each in request.law.transforms
+          if each.needs <= self.model.offers and (each.is_rebuilt_by_init or not each.needs)
+        )
+      )
     else:
       own = self.chain
     own, *_ = decoding.check_request(self.model, own, request.prompts_BP, None, request.max_new_tokens)

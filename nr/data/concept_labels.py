@@ -65,14 +65,11 @@ class LabelHeader:
 
   def __post_init__(self):
     if self.num_concepts > MAX_CONCEPTS:
-      raise DataError(
-        f"num_concepts={self.num_concepts} does not fit the cache's uint16 labels; "
-        f"use at most {MAX_CONCEPTS} latents"
-      )
+      raise DataError(f"num_concepts={self.num_concepts} does not fit the cache's uint16 labels; "
+                      f"use at most {MAX_CONCEPTS} latents")
     if not 2 <= self.window <= self.num_tokens:
-      raise DataError(
-        f"window={self.window} must lie between 2 and the {self.num_tokens} tokens of the stream"
-      )
+      raise DataError(f"window={self.window} must lie between 2 and the {self.num_tokens} tokens "
+                      "of the stream")
     if not 1 <= self.stride <= self.window:
       raise DataError(f"stride={self.stride} must lie between 1 and window={self.window}")
 
@@ -209,10 +206,7 @@ class LabelWriter:
       "coverage": float((latent_counts(self._labels, self.header.num_concepts) > 0).mean()),
     }
     header = {
-      "format": FORMAT,
-      "version": VERSION,
-      **self.header.to_dict(),
-      "counts": counts,
+      "format": FORMAT, "version": VERSION, **self.header.to_dict(), "counts": counts,
       "files": {LABELS: describe_file(self.directory / LABELS)},
     }
     replace_text(self.directory / HEADER, header_text(header))
@@ -229,10 +223,8 @@ class LabelWriter:
         with open(path, "r+b") as stream:
           os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
       except OSError as error:
-        raise DataError(
-          f"{path}: no room for {labels.nbytes} bytes of labels ({error.strerror}); "
-          "free space or choose another workdir"
-        ) from error
+        raise DataError(f"{path}: no room for {labels.nbytes} bytes of labels ({error.strerror}); "
+                        "free space or choose another workdir") from error
     return labels
 
 
@@ -300,6 +292,5 @@ def _check_equal(path: pathlib.Path, found: Mapping, wanted: Mapping, remedy: st
     if isinstance(value, Mapping) and isinstance(there, Mapping):
       _check_equal(path, there, value, remedy, f"{prefix}{name}.")
     elif there != value:
-      raise DataError(
-        f"{path}, field {prefix + name!r}: labels were made with {there!r}, expected {value!r}; {remedy}"
-      )
+      raise DataError(f"{path}, field {prefix + name!r}: labels were made with {there!r}, "
+                      f"expected {value!r}; {remedy}")

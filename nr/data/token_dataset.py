@@ -136,11 +136,7 @@ def write_token_dataset(
 
 
 def _write_arrays(
-  folder: pathlib.Path,
-  documents: Iterable[Document],
-  tokenizer: Tokenizer,
-  stored: np.dtype,
-  title: str | None,
+  folder: pathlib.Path, documents: Iterable[Document], tokenizer: Tokenizer, stored: np.dtype, title: str | None
 ) -> dict[str, int]:
   """Writes the arrays and ids of all documents, under a progress bar if it has a title; returns counts."""
   from tqdm import tqdm
@@ -197,7 +193,9 @@ class TokenDataset:
     dataset = cls(directory, header)
     for name, found in (("num_tokens", len(dataset.tokens)), ("num_documents", len(dataset.document_starts))):
       if header[name] != found:
-        raise DataError(f"{directory / HEADER}, field {name!r}: is {header[name]}, the arrays hold {found}")
+        raise DataError(
+          f"{directory / HEADER}, field {name!r}: is {header[name]}, the arrays hold {found}"
+        )
     return dataset
 
   @property

@@ -88,8 +88,7 @@ class WithCandidateScores(LanguageModel):
   def check(self) -> None:
     """Raises ValueError for a scorer that has no state, another vocabulary, or useless numbers."""
     for model in (self.main, self.scorer):
-      if hasattr(model, "check"):
-        model.check()
+      model.check()
     if HIDDEN + self.hidden not in self.scorer.offers:
       raise ValueError(
         f"hidden={self.hidden!r}: the scorer does not offer it; make it with Network(..., offers_hidden=True)"

@@ -123,8 +123,7 @@ def check_request(
     raise ValueError(f"valid_BP has shape {valid_BP.shape}, prompts_BP {prompts_BP.shape}: make them equal")
   if not isinstance(valid_BP, jax.core.Tracer) and not bool(valid_BP[:, -1].all()):
     raise ValueError("valid_BP: the last column holds padding; prompts are padded on the left")
-  if hasattr(model, "check"):
-    model.check()
+  model.check()
   is_concrete = not any(isinstance(each, jax.core.Tracer) for each in (prompts_BP, valid_BP))
   # Padding takes no position.
   longest = int(valid_BP.sum(axis=1).max()) if is_concrete else prompts_BP.shape[1]

@@ -141,6 +141,9 @@ class LanguageModel:
     """
     raise NotImplementedError
 
+  def check(self) -> None:
+    """Raises ValueError for settings that it has no use for."""
+
   def check_drafts(self, count: int) -> None:
     """Raises ValueError when its cache cannot take back `count` tokens."""
 
@@ -174,7 +177,7 @@ class Network(LanguageModel):
 
   Attributes:
     graphdef: its definition.
-    params: its parameters. On CPU the unrolled layout decodes about twice as fast.
+    params: its parameters. On CPU the unrolled layout decodes faster.
     intervention: concept edits, for a concept model; `active_BL` of shape [] or
       [B, 1] says for which rows.
     intervene_on: "all" edits every token; "generation" those from which a token is

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nr.generation.transforms.algebra import Context
+from nr.generation.transforms.token_rules import is_looping
 
 RUNNING, LENGTH, STOP_ID, STOP_STRING, LOOP, DEAD_END, BROKEN = range(7)
 FINISH_REASONS = ("running", "length", "stop_id", "stop_string", "loop", "dead_end", "broken")
@@ -88,8 +89,6 @@ class Stop:
     """
     finish_B = jnp.where(context.generated_B >= self.limits_B, LENGTH, RUNNING)
     if self.loop_period:
-      from nr.generation.transforms.token_rules import is_looping
-
       finish_B = jnp.where(is_looping(context, self.loop_period, self.loop_repeats), LOOP, finish_B)
     if self.strings is not None:
       states_B = self.strings.step(states_B, tokens_B)

@@ -73,8 +73,7 @@ class WithStreams(LanguageModel):
   def check(self) -> None:
     """Raises ValueError for a stream with another vocabulary, and for what its members refuse."""
     for member in (self.main, *(stream.model for stream in self.streams.values())):
-      if hasattr(member, "check"):
-        member.check()
+      member.check()
     for name, stream in self.streams.items():
       if stream.model.vocab_size != self.vocab_size:
         raise ValueError(

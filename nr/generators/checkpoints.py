@@ -1,5 +1,6 @@
 """Opens any checkpoint for decoding: a network, its tokenizer, and what a prompt begins with."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from nr.data.tokenizers import load_tokenizer
 from nr.generation.language_models import Network
 from nr.models import parameters
 from nr.models.transformer import TransformerSpec
-from nr.training import artifacts, model_files
+from nr.training import model_files
 from nr.training.storage import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -54,8 +55,8 @@ def open_checkpoint(
     tokenizer: file or folder, where it does not lie beside the model.
     model: which model of a run directory, by its path inside it.
     dtype: compute and storage type of the parameters.
-    layers: "scan" or "unroll"; None: unrolled on CPU, where it decodes about twice
-      as fast, else stacked.
+    layers: "scan" or "unroll"; None: unrolled on CPU, where it decodes faster,
+      else stacked.
 
   Raises:
     ValueError: nothing that is known lies there, or a tokenizer that is not the
@@ -95,8 +96,6 @@ def make_network(spec: Any, params: Any) -> Network:
 
 
 def _with_settings(spec: Any, settings: dict) -> Any:
-  import dataclasses
-
   if isinstance(spec, model_files.ConceptMixingModelSpec):
     return dataclasses.replace(spec, transformer=dataclasses.replace(spec.transformer, **settings))
   return dataclasses.replace(spec, **settings)
@@ -150,7 +149,7 @@ def _open_huggingface(folder: pathlib.Path, tokenizer: Any, settings: dict) -> C
 def _open_ours(path: pathlib.Path, tokenizer: Any, model: str | None, settings: dict) -> Checkpoint:
   folder = _model_folder(path, model)
   try:
-    params, metadata = artifacts.load_tree(folder)
+    saved = model_files.load_model(folder)
   except CheckpointError as error:
     if (folder / "_CHECKPOINT_METADATA").exists() or (folder / "tree").is_dir():
       raise
@@ -158,15 +157,11 @@ def _open_ours(path: pathlib.Path, tokenizer: Any, model: str | None, settings: 
       f"{folder} holds no model that is known: give a run directory, a model folder, a Hugging Face folder, "
       "a .gguf file or llama2.c's .bin"
     ) from error
-  if metadata.get("kind") not in ("transformer", "concept_mixing"):
-    raise ValueError(
-      names.unknown(f"{folder}: kind", str(metadata.get("kind")), ("transformer", "concept_mixing"))
-      + "; only language models generate text"
-    )
-  spec = _with_settings(model_files.KINDS[metadata["kind"]].from_dict(metadata["spec"]), settings)
-  dtype = spec.param_dtype if isinstance(spec, TransformerSpec) else spec.transformer.param_dtype
-  params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-  own = _our_tokenizer(folder, metadata["tokenizer"], tokenizer)
+  if not isinstance(saved.spec, TransformerSpec | model_files.ConceptMixingModelSpec):
+    raise ValueError(f"{folder} holds a {saved.metadata['kind']}; only language models generate text")
+  spec = _with_settings(saved.spec, settings)
+  params = jax.tree.map(lambda leaf: leaf.astype(settings["param_dtype"]), saved.params)
+  own = _our_tokenizer(folder, saved.metadata["tokenizer"], tokenizer)
   # Documents follow the end of the one before them.
   return Checkpoint(
     str(folder), make_network(spec, params), own, (own.end_of_text_id,), (own.end_of_text_id,), spec

@@ -145,10 +145,8 @@ class ActivationIterator(grain.DatasetIterator):
       self._chunk, self._offset = self._chunk + 1, 0
       rows_RD, order_R = self._rows()
       if rows > len(order_R):
-        raise DataError(
-          f"a chunk gives {len(order_R)} activations, fewer than a batch of {rows}; "
-          "raise chunk_batches or lower batch_size"
-        )
+        raise DataError(f"a chunk gives {len(order_R)} activations, fewer than a batch of {rows}; "
+                        "raise chunk_batches or lower batch_size")
     picked = order_R[self._offset * rows : (self._offset + 1) * rows]
     self._offset += 1
     return {"activations": rows_RD[picked], "weights": np.ones(rows, np.float32)}

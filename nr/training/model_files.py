@@ -137,3 +137,4 @@ def load_model(directory: pathlib.Path, tokenizer: str | None = None) -> Model:
   if layout_of(spec) == "unroll":
     params = parameters.unstack_layers(params)
   return Model(spec, graphdef_of(spec), jax.tree.map(jnp.asarray, params), fingerprint, metadata)
+

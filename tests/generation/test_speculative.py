@@ -251,3 +251,11 @@ def test_a_ring_without_room_to_take_drafts_back_is_refused():
   network = tiny_network(num_layers=1, network=dict(cache=ring))
   with pytest.raises(ValueError, match="slack=3: 4 drafts may be taken back"):
     speculative(network, NgramDrafter(), jnp.ones((1, 4), int), max_new_tokens=4, draft_length=4)
+
+
+def test_padding_takes_no_position_of_the_drafter():
+  learned = tiny_network(num_layers=1, positions="learned", max_length=24)
+  prompts = pad_prompts([[1] * 17])  # a bucket of 32
+  drawn = speculative(learned, ModelDrafter(learned), *prompts, max_new_tokens=4, draft_length=2)
+  plain = sample(learned, *prompts, max_new_tokens=4)
+  np.testing.assert_array_equal(drawn.tokens_RN, plain.tokens_RN)

@@ -121,14 +121,7 @@ def best_first_search(
       raise ValueError(f"{name}={count}: give at least 1")
   prompts_BP, _ = decoding.pad_prompts([prompt], len(prompt))
   law, _, _ = decoding.check_request(model, chain, prompts_BP, None, max_new_tokens)
-  for each in law.transforms:
-    if not each.is_rebuilt_by_init:
-      raise ValueError(
-        f"chain: {each.name}() remembers probabilities of the past, and best-first search reads every text anew; "
-        "leave it out"
-      )
-  if any(jnp.ndim(value) > 0 for value in law.row_parameters().values()):
-    raise ValueError("chain: best-first search has one prompt; give scalar parameters")
+  _check_law(law)
   stop = (stop or Stop()).prepared(1, max_new_tokens, model.vocab_size)
   if stop.loop_period:
     raise ValueError(f"loop_period={stop.loop_period}: best-first search detects no loops; leave it 0")
@@ -159,6 +152,18 @@ def best_first_search(
     score.calls,
     not queue.items and not any(count > beam_width for count in popped.values()),
   )
+
+
+def _check_law(law: Chain) -> None:
+  """Refuses chains whose state no text alone decides, and parameters for several rows."""
+  for each in law.transforms:
+    if not each.is_rebuilt_by_init:
+      raise ValueError(
+        f"chain: {each.name}() remembers probabilities of the past, and best-first search reads every text anew; "
+        "leave it out"
+      )
+  if any(jnp.ndim(value) > 0 for value in law.row_parameters().values()):
+    raise ValueError("chain: best-first search has one prompt; give scalar parameters")
 
 
 def _check_rereadable(model: LanguageModel) -> None:

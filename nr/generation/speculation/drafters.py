@@ -60,12 +60,14 @@ class Request(NamedTuple):
   Attributes:
     law: the target's chain, prepared.
     prompts_BP: int32.
+    valid_BP: bool, False at padding.
     max_new_tokens: most tokens to add.
     is_greedy: whether the rule accepts only the most probable token.
   """
 
   law: Chain
   prompts_BP: jax.Array
+  valid_BP: jax.Array
   max_new_tokens: int
   is_greedy: bool
 

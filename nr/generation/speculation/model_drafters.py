@@ -72,7 +72,9 @@ class ModelDrafter(Drafter):
       )
     else:
       own = self.chain
-    own, *_ = decoding.check_request(self.model, own, request.prompts_BP, None, request.max_new_tokens)
+    own, *_ = decoding.check_request(
+      self.model, own, request.prompts_BP, request.valid_BP, request.max_new_tokens
+    )
     is_greedy = request.is_greedy if self.is_greedy is None else self.is_greedy
     return dataclasses.replace(self, chain=own, is_greedy=is_greedy)
 

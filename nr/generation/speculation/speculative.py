@@ -147,7 +147,7 @@ def speculative(
   if key is None and rule != "greedy":
     raise ValueError(f"key: rule={rule!r} draws at random; give a random key, or rule='greedy'")
   _check_tokenizers(model, drafter, fingerprints)
-  drafter = drafter.prepared(model, Request(law, prompts_BP, max_new_tokens, rule == "greedy"))
+  drafter = drafter.prepared(model, Request(law, prompts_BP, valid_BP, max_new_tokens, rule == "greedy"))
   batch = prompts_BP.shape[0]
   stop = (stop or Stop()).prepared(batch, max_new_tokens, model.vocab_size)
   keys_R = decoding.row_keys(key, row_ids_B, batch, num_samples)

@@ -11,7 +11,7 @@ from nr.generation.decoding import pad_prompts
 from nr.generation.sample import sample
 from nr.generation.stopping import Stop
 from nr.generation.streams import Stream, WithStreams
-from nr.generation.transforms import LogitBias
+from nr.generation.transforms import AdaptiveTemperature, LogitBias
 from nr.generation.transforms.algebra import Transform, chain, column, row, transform
 from nr.models.cache import CacheSpec
 from tests.generation import toy
@@ -61,6 +61,20 @@ def test_requests_bring_their_own_parameters():
   for each in served:
     np.testing.assert_array_equal(each.tokens, alone.tokens_RN[each.number])
     assert each.request.tag == scales[each.number]
+
+
+def test_probabilities_of_temperatures_belong_to_their_request():
+  network = toy.tiny_network()
+  taus, choices = [0.0, 0.5], [[[1.0, 0.0]], [[0.0, 1.0]], [[0.5, 0.5]]]
+  laws = [AdaptiveTemperature(taus, choice) for choice in choices]
+  key = jax.random.key(3)
+  requests = [Request(prompt, chain=law) for prompt, law in zip(PROMPTS, laws)]
+  served = list(serve(network, requests, key, chain=laws[0], **SIZES))
+  together = AdaptiveTemperature(taus, [choice[0] for choice in choices])
+  alone = sample(network, *pad_prompts(PROMPTS[:3]), key, chain=together, max_new_tokens=9)
+  assert len(served) == 3
+  for each in served:
+    np.testing.assert_array_equal(each.tokens, alone.tokens_RN[each.number])
 
 
 def test_short_requests_overtake_long_ones_and_an_endless_stream_is_served():

@@ -15,7 +15,7 @@ from nr.generation.sample import sample, texts
 from nr.generation.samplers import Greedy, Gumbel, InverseCdf, Replay, gumbel_top_k
 from nr.generation.stopping import BROKEN, LENGTH, LOOP, STOP_ID, Stop
 from nr.generation.streams import Stream, WithStreams
-from nr.generation.transforms import TopK
+from nr.generation.transforms import AdaptiveTemperature, TopK
 from nr.generation.transforms.algebra import Transform, chain, column, row, transform
 from nr.models.concept_intervention import concept_intervention
 from nr.training import sharding
@@ -262,6 +262,7 @@ NETWORK_24 = toy.tiny_spec(max_length=24, positions="learned")
     (dict(stop=Stop(limits_B=[7])), "give limits in 0..max_new_tokens=3"),
     (dict(stop=Stop(loop_period=2, loop_repeats=1)), "at least 2 repeats"),
     (dict(chain=chain(Scale(jnp.ones(4)))), "has 4 values for 1 prompts"),
+    (dict(chain=AdaptiveTemperature([1, 2], [[0, 1], [1, 0]])), "has 2 values for 1 prompts"),
     (dict(row_ids_B=jnp.arange(3)), "one id for each of the 1 prompts"),
     (dict(on_tokens=print, stream_every=0), "stream_every=0"),
     (dict(sampler=InverseCdf(jnp.zeros((1, 2)))), "give 1 rows of at least max_new_tokens=3 values"),

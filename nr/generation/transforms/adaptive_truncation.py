@@ -149,7 +149,7 @@ class MirostatV1(_Mirostat):
   """
 
   is_argmax_invariant = True
-  tau: Parameter = row(5.0, least=0, below=float("inf"))
+  tau: Parameter = row(5.0, least=0)
   eta: Parameter = row(0.1, least=0)
   surprise: str = static("truncated", ("truncated", "model"))
   fitted: int = static(100)
@@ -200,7 +200,7 @@ class MirostatV2(_Mirostat):
   """
 
   is_argmax_invariant = True
-  tau: Parameter = row(5.0, least=0, below=float("inf"))
+  tau: Parameter = row(5.0, least=0)
   eta: Parameter = row(0.1, least=0)
   surprise: str = static("truncated", ("truncated", "model"))
 

@@ -310,6 +310,10 @@ class Chain(Transform):
       tuple(each.map_rows(change, *rest) for each, rest in zip(self.transforms, beside, strict=True))
     )
 
+  def spread(self, batch: int) -> Self:
+    """Returns it with every numeric parameter of all for each row."""
+    return Chain(tuple(each.spread(batch) for each in self.transforms))
+
   def row_parameters(self) -> dict[str, Parameter]:
     """Returns the parameters of all, as "position.transform.parameter"."""
     return {

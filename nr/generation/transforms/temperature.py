@@ -1,5 +1,6 @@
 """Temperatures: fixed, by entropy, and as a learned mixture."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -137,11 +138,21 @@ class AdaptiveTemperature(Transform):
     )
     return functools.reduce(jnp.logaddexp, parts)
 
-  def take(self, rows_B: jax.Array) -> "AdaptiveTemperature":
-    """Gathers probabilities that are given for each row."""
-    if self.probabilities is None or jnp.ndim(self.probabilities) < 2:
+  def row_parameters(self) -> dict[str, Parameter]:
+    """Returns the probabilities, if they are given for each row, [B, K]."""
+    is_by_row = self.probabilities is not None and jnp.ndim(self.probabilities) == 2
+    return {"probabilities": self.probabilities} if is_by_row else {}
+
+  def tables(self) -> dict[str, Any]:
+    """Returns what all rows share."""
+    return {name: value for name, value in super().tables().items() if name not in self.row_parameters()}
+
+  def spread(self, batch: int) -> "AdaptiveTemperature":
+    """Returns it with probabilities for each row, if it holds any."""
+    if self.probabilities is None:
       return self
-    return AdaptiveTemperature(self.taus, jnp.take(self.probabilities, rows_B, axis=0), self.law)
+    by_row_BK = jnp.broadcast_to(self.probabilities, (batch, jnp.shape(self.probabilities)[-1]))
+    return dataclasses.replace(self, probabilities=by_row_BK)
 
   def prepared(self) -> "AdaptiveTemperature":
     """Returns it with arrays.
@@ -149,7 +160,7 @@ class AdaptiveTemperature(Transform):
     Raises:
       ValueError: a negative temperature, or a number of probabilities that is not theirs.
     """
-    checked = super().prepared()
+    checked = Transform.prepared(dataclasses.replace(self, probabilities=None))
     taus_K = jnp.atleast_1d(jnp.asarray(self.taus, jnp.float32))
     if not isinstance(taus_K, jax.core.Tracer) and (taus_K < 0).any():
       raise ValueError(f"adaptive_temperature.taus={taus_K.tolist()}: give temperatures of 0 or more")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from nr.data.bad_records import DataError
 from nr.data.tokenizers import END_OF_TEXT, Tokenizer
+from nr.data.word_tokenizer import WORDS_FILE, load_words
 from nr.tokenizer_files import bytes_of_library_ids, fingerprint_of, save_files
 
 # Pieces that end a document in the families in use, most specific first.
@@ -24,6 +25,8 @@ def load(path: pathlib.Path, end_of_text: int | str | None = None) -> Tokenizer:
   if path.is_dir():
     if (path / "tokenizer.json").is_file():
       return JsonTokenizer(_read(path / "tokenizer.json"), end_of_text)
+    if (path / WORDS_FILE).is_file():
+      return load_words(_read(path / WORDS_FILE))
     vocab, merges = _find(path, "vocab.json"), _find(path, "merges.txt")
     if vocab and merges:
       return ByteLevelBPETokenizer(_read(vocab), _read(merges), end_of_text)
@@ -35,8 +38,8 @@ def load(path: pathlib.Path, end_of_text: int | str | None = None) -> Tokenizer:
     return Llama2CTokenizer(_read(path))
   raise DataError(
     f"tokenizer.path={str(path)!r} holds no tokenizer that is known; give a SentencePiece .model, "
-    "a tokenizer.json, llama2.c's .bin, or a folder with tokenizer.model, tokenizer.json, or *vocab.json "
-    "and *merges.txt (.gz too)"
+    "a tokenizer.json, llama2.c's .bin, or a folder with tokenizer.model, tokenizer.json, words.json, or "
+    "*vocab.json and *merges.txt (.gz too)"
   )
 
 

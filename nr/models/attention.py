@@ -12,7 +12,7 @@ from nr.models.layers import RMSNorm, drop
 from nr.models.parameters import parameter, zeros_parameter
 from nr.models.partitioning import constrain, target_platform
 from nr.models.transformer_spec import TransformerSpec
-from nr.models.weight_quantization import contract
+from nr.models.weights import contract
 
 QUERY_BLOCK = 128
 

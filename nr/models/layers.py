@@ -9,7 +9,7 @@ from flax import nnx
 from nr.models.parameters import parameter, zeros_parameter
 from nr.models.partitioning import constrain
 from nr.models.transformer_spec import TransformerSpec
-from nr.models.weight_quantization import contract
+from nr.models.weights import contract
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

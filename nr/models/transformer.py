@@ -21,7 +21,7 @@ from nr.models.layers import LayerNorm, Linear, Mlp, RMSNorm, drop, make_norm
 from nr.models.parameters import parameter
 from nr.models.partitioning import constrain
 from nr.models.transformer_spec import RotaryScaling, TransformerSpec
-from nr.models.weight_quantization import as_array, contract, look_up
+from nr.models.weights import as_array, contract, look_up
 
 __all__ = [
   "AttentionInputs",

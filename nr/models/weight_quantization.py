@@ -3,8 +3,8 @@
     params = quantize_weights(params, bits=8)
     logits_BLV = parameters.merge(graphdef, params)(tokens_BL)
 
-A quantised weight stands in the tree where the array stood. Models read weights through
-`contract` and `look_up` only, which take either. Activations stay as they are.
+A quantised weight stands in the tree where the array stood; `nr.models.weights` says how
+models read it. Activations stay as they are.
 
 The kernels of the blocks and the token tables are quantised, which is nearly all of a
 model; norms, biases, learned positions and the concept path keep their type: its
@@ -75,6 +75,12 @@ class QuantizedWeight:
     """Number of axes."""
     return self.codes.ndim
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the weight that the codes stand for."""
+    axis = self.axis % self.ndim
+    return (*self.codes.shape[:axis], self.size, *self.codes.shape[axis + 1 :])
+
   def dequantized(self, dtype: Any = jnp.float32) -> jax.Array:
     """Returns the weight as an array."""
     codes = _unpack(self.codes, self.axis, self.size) if self.bits == 4 else self.codes
@@ -83,6 +89,21 @@ class QuantizedWeight:
       scales = jnp.repeat(scales, self.group_size, axis=self.axis)
       scales = jax.lax.slice_in_dim(scales, 0, self.size, axis=self.axis % self.ndim)
     return (codes.astype(jnp.float32) * scales).astype(dtype)
+
+  def contract(self, equation: str, x: jax.Array, *, preferred: Any = None) -> jax.Array:
+    """Returns `einsum(equation, x, weight)`; scales by channel multiply the product, by group the weight."""
+    if self.group_size is not None or self.bits == 4:
+      return jnp.einsum(equation, x, self.dequantized(x.dtype), preferred_element_type=preferred)
+    product = jnp.einsum(equation, x, self.codes.astype(x.dtype), preferred_element_type=jnp.float32)
+    inputs, output = equation.split("->")
+    kept = [axis for axis, name in enumerate(inputs.split(",")[1]) if name in output]
+    scales = self.scales.reshape([self.scales.shape[axis] for axis in kept])
+    return (product * scales).astype(x.dtype if preferred is None else preferred)
+
+  def look_up(self, indices: jax.Array) -> jax.Array:
+    """Returns the rows [..., D] of a table [V, D]."""
+    rows = dataclasses.replace(self, codes=self.codes[indices], scales=self.scales[indices])
+    return rows.dequantized()
 
 
 def quantize(
@@ -144,41 +165,6 @@ def _unpack(packed: jax.Array, axis: int, size: int) -> jax.Array:
   codes = jnp.stack(halves, axis=axis + 1)
   codes = codes.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
   return jax.lax.slice_in_dim(codes, 0, size, axis=axis)
-
-
-def contract(equation: str, x: jax.Array, weight: Any, *, preferred: Any = None) -> jax.Array:
-  """Returns `einsum(equation, x, weight)` for a weight that may be quantised.
-
-  Scales by channel multiply the product, those by group the weight before it.
-
-  Args:
-    equation: whose output ends with the axes of the weight that are not summed, in order.
-    x: activations.
-    weight: array or `QuantizedWeight`.
-    preferred: type of the result; that of `x` when None.
-  """
-  if not isinstance(weight, QuantizedWeight):
-    return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=preferred)
-  if weight.group_size is not None or weight.bits == 4:
-    return jnp.einsum(equation, x, weight.dequantized(x.dtype), preferred_element_type=preferred)
-  product = jnp.einsum(equation, x, weight.codes.astype(x.dtype), preferred_element_type=jnp.float32)
-  inputs, output = equation.split("->")
-  kept = [axis for axis, name in enumerate(inputs.split(",")[1]) if name in output]
-  scales = weight.scales.reshape([weight.scales.shape[axis] for axis in kept])
-  return (product * scales).astype(x.dtype if preferred is None else preferred)
-
-
-def look_up(table: Any, indices: jax.Array) -> jax.Array:
-  """Returns the rows [..., D] of a table [V, D] that may be quantised."""
-  if not isinstance(table, QuantizedWeight):
-    return table[indices]
-  rows = dataclasses.replace(table, codes=table.codes[indices], scales=table.scales[indices])
-  return rows.dequantized()
-
-
-def as_array(weight: Any) -> jax.Array:
-  """Returns a weight that may be quantised as an array."""
-  return weight.dequantized() if isinstance(weight, QuantizedWeight) else weight
 
 
 def quantize_weights(params: Mapping, bits: int = 8, *, group_size: int | None = None) -> dict:

@@ -14,12 +14,11 @@ from nr.models.concept_mixing import ConceptMixingSpec, ConceptMixingTransformer
 from nr.models.transformer import Transformer, TransformerSpec
 from nr.models.weight_quantization import (
   QuantizedWeight,
-  contract,
   count_bytes,
-  look_up,
   quantize,
   quantize_weights,
 )
+from nr.models.weights import contract, look_up
 
 WIDE = dict(vocab_size=40, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=44)
 

@@ -31,6 +31,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "concepts": "tensor",
   "latents": "tensor",
   "norm": None,
+  "adaptive_decoder": None,
   # Activations.
   "batch": ("data", "fsdp"),
   "length": "sequence",

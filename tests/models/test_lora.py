@@ -1,0 +1,229 @@
+"""Low-rank adapters: the base when b is zero, the merged weights otherwise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nr.models import parameters
+from nr.models.lora import (
+  ATTENTION,
+  MLP,
+  UNEMBEDDING,
+  LoraSpec,
+  LowRank,
+  adapter_axes,
+  attach,
+  count_parameters,
+  find_targets,
+  init_adapter,
+  merge,
+)
+from nr.models.transformer import Transformer, TransformerSpec
+from nr.models.weight_quantization import quantize, quantize_weights
+from nr.models.weights import contract, look_up
+
+SIZES = dict(vocab_size=16, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=20)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 7)), jnp.int32)
+ALL = LoraSpec(rank=3, alpha=4.0, targets=(ATTENTION, MLP, UNEMBEDDING))
+
+
+def make(layers="scan", family="llama", **settings):
+  spec = getattr(TransformerSpec, family)(**SIZES, layers=layers, **settings)
+  return parameters.split(Transformer(spec, rngs=nnx.Rngs(0)))
+
+
+def adapter_of(params, spec=ALL, seed=1, b_std=0.3):
+  """An adapter whose b is not zero."""
+  adapter = init_adapter(spec, params, jax.random.key(seed))
+  generator = np.random.default_rng(seed)
+
+  def fill(path, leaf):
+    is_b = path[-1].key == "b"
+    return jnp.asarray(generator.normal(size=leaf.shape) * b_std, jnp.float32) if is_b else leaf
+
+  return jax.tree_util.tree_map_with_path(fill, adapter)
+
+
+def logits(graphdef, params):
+  return jax.jit(lambda params: parameters.merge(graphdef, params)(TOKENS))(params)
+
+
+def normal(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+CASES = [
+  ("...i,io->...o", (2, 3, 12), (12, 5), (-2,), (12, 3), (3, 5)),
+  ("bld,dhk->blhk", (2, 3, 12), (12, 2, 4), (-3,), (12, 3), (3, 2, 4)),
+  ("blhk,hkd->bld", (2, 3, 2, 4), (2, 4, 6), (-3, -2), (2, 4, 3), (3, 6)),
+  ("...d,vd->...v", (2, 3, 9), (9, 9), (-1,), (9, 3), (3, 9)),
+]
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("equation, x, weight, summed, a, b", CASES)
+def test_products_are_those_of_the_whole_weight(equation, x, weight, summed, a, b, bits):
+  x, weight, a, b = normal(*x), normal(*weight, seed=1), normal(*a, seed=2), normal(*b, seed=3)
+  base = weight if bits is None else quantize(weight, bits, summed)
+  dense = weight if bits is None else base.dequantized()
+  low = LowRank(base, a, b, 0.5, summed)
+  summed_names = [
+    name for name in equation.split(",")[1].split("->")[0] if name not in equation.split("->")[1]
+  ]
+  kept_names = [n for n in equation.split("->")[0].split(",")[1] if n not in summed_names]
+  factors = f"{''.join(summed_names)}z,z{''.join(kept_names)}->{equation.split('->')[0].split(',')[1]}"
+  whole = dense + 0.5 * jnp.einsum(factors, a, b)
+  assert low.shape == weight.shape and low.ndim == weight.ndim
+  np.testing.assert_allclose(low.dequantized(), whole, atol=1e-5)
+  np.testing.assert_allclose(contract(equation, x, low), jnp.einsum(equation, x, whole), atol=1e-4, rtol=1e-5)
+  half = contract(equation, x.astype(jnp.bfloat16), low, preferred=jnp.float32)
+  assert half.dtype == jnp.float32
+  assert contract(equation, x.astype(jnp.bfloat16), low).dtype == jnp.bfloat16
+  with pytest.raises(ValueError, match="no table"):
+    look_up(low, jnp.zeros((1,), jnp.int32))
+  with pytest.raises(IndexError):
+    low[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_a_new_adapter_is_exactly_the_base(layers, family):
+  graphdef, params = make(layers, family)
+  spec = LoraSpec(rank=2)
+  adapter = init_adapter(spec, params, jax.random.key(0))
+  attached = attach(params, adapter, spec)
+  assert isinstance(parameters.stack_layers(attached)["blocks"]["attention"]["query"]["kernel"], LowRank)
+  np.testing.assert_array_equal(logits(graphdef, attached), logits(graphdef, params))
+  jax.tree.map(np.testing.assert_array_equal, merge(params, adapter, spec), params)
+
+
+@pytest.mark.parametrize("base", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_merged_equals_attached(layers, base):
+  graphdef, params = make(layers)
+  if base != "float32":
+    params = quantize_weights(params, 8 if base == "int8" else 4, group_size=None if base == "int8" else 4)
+  adapter = adapter_of(params)
+  attached = logits(graphdef, attach(params, adapter, ALL))
+  merged = merge(params, adapter, ALL)
+  np.testing.assert_allclose(attached, logits(graphdef, merged), atol=1e-5)
+  assert np.abs(attached - logits(graphdef, params)).max() > 0.1, "the adapter changes something"
+  assert merged["unembedding"].dtype == jnp.float32
+  assert type(merged["token_embedding"]) is type(params["token_embedding"])
+
+
+def test_scan_equals_unroll_from_the_start():
+  scanned, stacked = make("scan")
+  unrolled, apart = make("unroll")
+  jax.tree.map(np.testing.assert_array_equal, parameters.stack_layers(apart), stacked)
+  for init in ("kaiming", "normal"):
+    spec = LoraSpec(rank=3, targets=ALL.targets, init=init)
+    first = init_adapter(spec, stacked, jax.random.key(5))
+    second = init_adapter(spec, apart, jax.random.key(5))
+    jax.tree.map(np.testing.assert_array_equal, parameters.stack_layers(second), first)
+    layers = np.asarray(first["blocks"]["mlp"]["up"]["kernel"]["a"])
+    assert np.abs(layers[0] - layers[1]).max() > 0.01, "layers differ"
+  adapter = adapter_of(stacked)
+  one = logits(scanned, attach(stacked, adapter, ALL))
+  two = logits(unrolled, attach(apart, parameters.unstack_layers(adapter), ALL))
+  np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_the_spread_of_a_is_that_of_peft():
+  _, params = make(family="llama")
+  for init, std in (("kaiming", lambda n: (3 * n) ** -0.5), ("normal", lambda n: 1 / 64)):
+    adapter = init_adapter(LoraSpec(rank=64, init=init), params, jax.random.key(0))
+    for name, inputs in (("up", 16), ("down", 20)):
+      a = adapter["blocks"]["mlp"][name]["kernel"]["a"]
+      np.testing.assert_allclose(a.std(), std(inputs), rtol=0.05)
+    a = adapter["blocks"]["attention"]["output"]["kernel"]["a"]
+    assert a.shape == (2, 4, 6, 64)
+    np.testing.assert_allclose(a.std(), std(24), rtol=0.05)
+
+
+def test_gradients_reach_the_factors_and_leave_the_base_alone():
+  graphdef, params = make()
+  adapter = adapter_of(params)
+
+  def loss(adapter, params):
+    return (parameters.merge(graphdef, attach(params, adapter, ALL))(TOKENS) ** 2).mean()
+
+  gradients = jax.jit(jax.grad(loss))(adapter, params)
+  assert jax.tree.structure(gradients) == jax.tree.structure(adapter)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+    for layer in leaf if path[0].key == "blocks" else [leaf]:
+      assert np.abs(layer).max() > 0, path
+  # By the chain rule: the gradient of a is scale * G b^T, with G that of the merged weight.
+  dense = jax.grad(lambda p: (parameters.merge(graphdef, p)(TOKENS) ** 2).mean())(merge(params, adapter, ALL))
+  up, factors = dense["blocks"]["mlp"]["up"]["kernel"], adapter["blocks"]["mlp"]["up"]["kernel"]
+  expected = ALL.scale * jnp.einsum("nio,nro->nir", up, factors["b"])
+  np.testing.assert_allclose(gradients["blocks"]["mlp"]["up"]["kernel"]["a"], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_the_sum_is_never_made():
+  """No float array of a kernel's shape appears beyond the kernels themselves."""
+  graphdef, params = make()
+  spec = LoraSpec(rank=2)
+  attached = attach(params, adapter_of(params, spec), spec)
+
+  def count(tree):
+    text = str(jax.make_jaxpr(lambda p: parameters.merge(graphdef, p)(TOKENS))(tree))
+    return text.count("f32[16,20]")
+
+  plain, low, whole = count(params), count(attached), count(merge(params, adapter_of(params, spec), spec))
+  assert plain == whole > 0 and low == plain
+
+
+def test_counts_and_axes():
+  graphdef, params = make()
+  axes = parameters.logical_axes(lambda: parameters.merge(graphdef, make()[1]))
+  adapter = init_adapter(ALL, params, jax.random.key(0))
+  per_layer = 3 * ((16 + 24) + 2 * (16 + 12) + (24 + 16) + 3 * (16 + 20))
+  assert count_parameters(adapter) == 2 * per_layer + 3 * (16 + 16)
+  names = adapter_axes(ALL, params, axes)
+  assert names["blocks"]["attention"]["query"]["kernel"] == {
+    "a": ("layers", "embed", None),
+    "b": ("layers", None, "heads", "head_dim"),
+  }
+  assert names["blocks"]["attention"]["output"]["kernel"]["a"] == ("layers", "heads", "head_dim", None)
+  assert names["unembedding"] == {"a": ("embed", None), "b": (None, "vocab")}
+  is_names = lambda node: isinstance(node, tuple)  # noqa: E731
+  jax.tree.map(lambda n, leaf: np.testing.assert_equal(len(n), leaf.ndim), names, adapter, is_leaf=is_names)
+  shapes = jax.eval_shape(lambda: params)
+  abstract = jax.eval_shape(lambda key: init_adapter(ALL, shapes, key), jax.random.key(0))
+  assert jax.tree.map(lambda leaf: leaf.shape, abstract) == jax.tree.map(lambda leaf: leaf.shape, adapter)
+  assert (
+    LoraSpec(rank=4, alpha=8).scale == 2 and LoraSpec(rank=4, alpha=8, is_rank_stabilised=True).scale == 4
+  )
+  assert LoraSpec.from_dict(ALL.to_dict()) == ALL
+
+
+def test_mistakes_are_named():
+  _, params = make()
+  _, apart = make("unroll")
+  adapter = init_adapter(ALL, params, jax.random.key(0))
+  tied = make(tied_head=True)[1]
+  for call, match in (
+    (lambda: LoraSpec(rank=0), "rank=0"),
+    (lambda: LoraSpec(alpha=-1.0), "alpha=-1.0"),
+    (lambda: LoraSpec(dropout=0.1), "dropout=0.1"),
+    (lambda: LoraSpec(init="kaimin"), "did you mean 'kaiming'"),
+    (lambda: LoraSpec(targets=()), "targets"),
+    (
+      lambda: find_targets(LoraSpec(targets=("blocks/mlp/upp/kernel",)), params),
+      "nearest is 'blocks/mlp/up/kernel'",
+    ),
+    (lambda: find_targets(LoraSpec(targets=("(",)), params), "regular expression"),
+    (
+      lambda: find_targets(LoraSpec(targets=(".*",)), params),
+      "'blocks/attention_norm/scale', which cannot be adapted",
+    ),
+    (lambda: find_targets(ALL, tied), "matches no weight"),
+    (lambda: attach(apart, adapter, ALL), "same layout"),
+    (lambda: attach(params, adapter, LoraSpec(rank=2, targets=ALL.targets)), "rank 2 need"),
+    (lambda: attach(params, {"final_norm": {"scale": {"a": 1, "b": 2}}}, ALL), "final_norm/scale"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      call()

@@ -15,7 +15,9 @@ from flax import nnx
 
 from nr import names
 from nr.models import parameters
+from nr.models.adaptive_decoder import AdaptiveDecoder, AdaptiveDecoderSpec
 from nr.models.concept_mixing import ConceptMixingSpec, ConceptMixingTransformer
+from nr.models.reward import RewardModel, RewardModelSpec
 from nr.models.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderSpec
 from nr.models.transformer import Transformer, TransformerSpec
 from nr.training import artifacts
@@ -43,12 +45,16 @@ class ConceptMixingModelSpec:
     )
 
 
-ModelSpec = TransformerSpec | ConceptMixingModelSpec | SparseAutoencoderSpec
+ModelSpec = (
+  TransformerSpec | ConceptMixingModelSpec | SparseAutoencoderSpec | AdaptiveDecoderSpec | RewardModelSpec
+)
 
 KINDS = {
   "transformer": TransformerSpec,
   "concept_mixing": ConceptMixingModelSpec,
   "sparse_autoencoder": SparseAutoencoderSpec,
+  "adaptive_decoder": AdaptiveDecoderSpec,
+  "reward": RewardModelSpec,
 }
 
 
@@ -77,6 +83,10 @@ def build_model(spec: ModelSpec, key: jax.Array) -> nnx.Module:
     return Transformer(spec, rngs=rngs)
   if isinstance(spec, ConceptMixingModelSpec):
     return ConceptMixingTransformer(spec.transformer, spec.concepts, rngs=rngs)
+  if isinstance(spec, AdaptiveDecoderSpec):
+    return AdaptiveDecoder(spec, rngs=rngs)
+  if isinstance(spec, RewardModelSpec):
+    return RewardModel(spec, rngs=rngs)
   return SparseAutoencoder(spec, rngs=rngs)
 
 
@@ -92,7 +102,7 @@ def axes_of(spec: ModelSpec) -> Any:
 
 def layout_of(spec: ModelSpec) -> str:
   """Returns "scan" (stacked layers) or "unroll"; models without layers count as stacked."""
-  transformer = spec.transformer if isinstance(spec, ConceptMixingModelSpec) else spec
+  transformer = getattr(spec, "transformer", spec)
   return getattr(transformer, "layers", "scan")
 
 
@@ -137,4 +147,3 @@ def load_model(directory: pathlib.Path, tokenizer: str | None = None) -> Model:
   if layout_of(spec) == "unroll":
     params = parameters.unstack_layers(params)
   return Model(spec, graphdef_of(spec), jax.tree.map(jnp.asarray, params), fingerprint, metadata)
-

@@ -42,7 +42,7 @@ EXTRAS = {
     "outlines-core>=0.2.14", "llguidance>=1.9",
   ],  # fmt: skip
   "lint": ["ruff>=0.14", "import-linter>=2"],
-  "oracles": ["torch>=2.13", "transformers>=5.23"],
+  "oracles": ["torch>=2.13", "transformers>=5.23", "peft>=0.21"],
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
 }

@@ -45,7 +45,7 @@ def load_huggingface(folder: str | pathlib.Path, **settings) -> tuple[Transforme
       are missing, unknown or of a wrong shape; the message names them.
   """
   folder = pathlib.Path(folder)
-  config = _read_json(folder / "config.json")
+  config = read_json(folder / "config.json")
   family = families.family_of_config(config)
   try:
     spec = family.to_spec(config)
@@ -74,7 +74,7 @@ def save_huggingface(folder: str | pathlib.Path, spec: TransformerSpec, params: 
     ValueError: no family computes what the spec does, or the parameters are
       not the spec's.
   """
-  safetensors_numpy = _safetensors().numpy
+  safetensors_numpy = safetensors_package().numpy
   family = families.family_of_spec(spec)
   params = parameters.stack_layers(params)
   names.check_shapes(params, _expected(spec), "the parameters")
@@ -98,7 +98,7 @@ class _Tensors(Mapping):
   """The tensors of a folder under the family's full names, read when asked for."""
 
   def __init__(self, folder: pathlib.Path, family: families.Family):
-    self._open = _safetensors().safe_open
+    self._open = safetensors_package().safe_open
     self._places: dict[str, tuple[pathlib.Path, str]] = {}
     self._handles: dict[pathlib.Path, Any] = {}
     self._family = family
@@ -152,7 +152,7 @@ class _Tensors(Mapping):
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The safetensors files of a folder: one, or the shards that its index names."""
   if (folder / _INDEX).is_file():
-    weight_map = _read_json(folder / _INDEX).get("weight_map", {})
+    weight_map = read_json(folder / _INDEX).get("weight_map", {})
     shards = sorted(set(weight_map.values()))
     for shard in shards:
       if pathlib.Path(shard).name != shard:
@@ -168,7 +168,8 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   raise FileNotFoundError(f"{folder}: has neither {_SINGLE} nor {_INDEX}{hint}")
 
 
-def _read_json(path: pathlib.Path) -> dict:
+def read_json(path: pathlib.Path) -> dict:
+  """Returns the object in a JSON file; FileNotFoundError or ValueError naming the file otherwise."""
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such file")
   try:
@@ -180,7 +181,8 @@ def _read_json(path: pathlib.Path) -> dict:
   return content
 
 
-def _safetensors() -> Any:
+def safetensors_package() -> Any:
+  """Imports `safetensors`; ImportError naming the extra that brings it."""
   try:
     import safetensors
     import safetensors.numpy

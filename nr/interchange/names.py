@@ -160,10 +160,10 @@ def to_ours(table: Table, tensors: Mapping[str, np.ndarray], spec: TransformerSp
       pieces = _apply(row, name, tensors[name], spec)
       for path, piece in zip(row.paths, pieces, strict=True):
         if "{layer}" not in row.theirs:
-          _put(tree, path, np.ascontiguousarray(piece, dtype))
+          put(tree, path, np.ascontiguousarray(piece, dtype))
           continue
         if layer == 0:
-          _put(tree, path, np.empty((len(names), *piece.shape), dtype))
+          put(tree, path, np.empty((len(names), *piece.shape), dtype))
         stacked = _get(tree, path)
         if piece.shape != stacked.shape[1:]:
           raise ValueError(f"{name}: shape {piece.shape} differs from {names[0]}: {stacked.shape[1:]}")
@@ -227,7 +227,8 @@ def _refuse(what: str, names: Iterable[str]) -> None:
     raise ValueError(f"{len(names)} {what}: {shown}")
 
 
-def _put(tree: dict, path: str, value: np.ndarray) -> None:
+def put(tree: dict, path: str, value: np.ndarray) -> None:
+  """Sets the leaf of a nested dictionary at a path, parts joined by "/"."""
   *parents, last = path.split("/")
   for part in parents:
     tree = tree.setdefault(part, {})

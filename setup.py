@@ -36,10 +36,11 @@ CORE = [
 EXTRAS = {
   "text": ["tokenizers", "pyarrow", "jinja2"],
   "hub": ["safetensors", "huggingface-hub", "datasets", "gguf"],
+  "synthesis": ["math-verify>=0.9", "pebble>=5.2", "nltk>=3.10"],
   "constraints": ["outlines-core>=0.2.14", "llguidance>=1.9"],
   "test": [
     "pytest>=8", "pytest-xdist", "chex", "tensorboard", "safetensors", "gguf", "tokenizers", "pyarrow", "jinja2",
-    "outlines-core>=0.2.14", "llguidance>=1.9",
+    "outlines-core>=0.2.14", "llguidance>=1.9", "math-verify>=0.9", "pebble>=5.2", "nltk>=3.10",
   ],  # fmt: skip
   "lint": ["ruff>=0.14", "import-linter>=2"],
   "oracles": ["torch>=2.13", "transformers>=5.23", "peft>=0.21"],

@@ -243,7 +243,8 @@ def train(
     method: what to train.
     data: iterable of batches, dictionaries of NumPy arrays with this process's rows;
       an iterator with get_state and set_state (Grain's have them) resumes where it
-      stood, any other one is wound forward.
+      stood, any other one is wound forward. One with `receive(step, params)` is shown
+      the parameters before every batch, to sample from them; it must not keep them.
     evaluators: measurements taken every `eval_every` steps and at the end.
     workdir: gets checkpoints/, metrics/ and, when asked for, profile/.
     metadata: JSON values to keep in every checkpoint (tokenizer hash, model spec).
@@ -285,6 +286,8 @@ def train(
           break
         profiler.before_step(step, state)
         with run.throughput.waiting():
+          if hasattr(iterator, "receive"):
+            iterator.receive(step, state.params)
           batch = next(iterator, None)
         if batch is None:
           raise TrainingError(

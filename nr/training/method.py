@@ -43,6 +43,7 @@ class Method(NamedTuple):
       the rows it is given; the loop divides once. Compute types are its business.
       The weights must not depend on the parameters.
     axes: tree like the parameters whose leaves are tuples of logical axis names.
+    start: parameters to begin from instead of `init` (fine-tuning); they are copied.
     frozen: arrays the loss reads and training never touches (teacher, reference,
       autoencoder). They cross jit as an argument and are not donated.
     frozen_axes: logical names of `frozen`; None keeps a copy on every device.
@@ -64,6 +65,7 @@ class Method(NamedTuple):
   init: Callable[[jax.Array], PyTree]
   loss: Callable[[PyTree, PyTree, PyTree, PyTree, jax.Array], LossOutput]
   axes: PyTree
+  start: PyTree | None = None
   frozen: PyTree = {}
   frozen_axes: PyTree | None = None
   init_extra: Callable[[PyTree], PyTree] = _no_extra

@@ -31,9 +31,15 @@ class TrainState(NamedTuple):
   extra: PyTree
 
 
-def initial_state(method: Method, optimizer: Optimizer, seed: int) -> TrainState:
+def initial_params(method: Method, seed: int) -> PyTree:
+  """Returns the parameters before the first update: those given to start from, or new ones."""
+  if method.start is not None:
+    return method.start
+  return method.init(jax.random.fold_in(jax.random.key(seed), _INIT_STREAM))
+
+
+def initial_state(method: Method, optimizer: Optimizer, params: PyTree) -> TrainState:
   """Builds the state before the first update. Pure; runs under jit and eval_shape."""
-  params = method.init(jax.random.fold_in(jax.random.key(seed), _INIT_STREAM))
   trainable, _ = trees.partition(params, trees.match_mask(params, method.trainable))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -49,7 +55,7 @@ def abstract_state(method: Method, optimizer: Optimizer) -> TrainState:
   Raises:
     ValueError: a trainable or decay pattern of the method matches nothing.
   """
-  state = jax.eval_shape(lambda: initial_state(method, optimizer, 0))
+  state = jax.eval_shape(lambda: initial_state(method, optimizer, initial_params(method, 0)))
   trees.check_patterns(state.params, method.trainable, f"Method {method.name!r}, trainable")
   trees.check_patterns(state.params, method.decay, f"Method {method.name!r}, decay")
   return state
@@ -97,10 +103,20 @@ def create_state(method: Method, optimizer: Optimizer, seed: int, mesh: Mesh | N
 
   Call it inside `sharding.context(mesh)` when a mesh is given.
   """
-  if mesh is None:
-    return jax.jit(lambda: initial_state(method, optimizer, seed))()
-  placed = state_shardings(method, abstract_state(method, optimizer), mesh)
-  return jax.jit(lambda: initial_state(method, optimizer, seed), out_shardings=placed)()
+  placed = None if mesh is None else state_shardings(method, abstract_state(method, optimizer), mesh)
+  if method.start is None:
+
+    def make() -> TrainState:
+      return initial_state(method, optimizer, initial_params(method, seed))
+
+    return jax.jit(make, out_shardings=placed)()
+  start = method.start if mesh is None else jax.device_put(method.start, placed.params)
+
+  # Copied: steps donate the state, and who gave the parameters may go on to use them.
+  def begin(params: PyTree) -> TrainState:
+    return initial_state(method, optimizer, jax.tree.map(jnp.copy, params))
+
+  return jax.jit(begin, out_shardings=placed)(start)
 
 
 def place_frozen(method: Method, mesh: Mesh | None) -> PyTree:

@@ -14,7 +14,7 @@ from nr.training.defaults import get_training_config
 from nr.training.loop import train
 from nr.training.model_files import graphdef_of
 from nr.training.optimizers import make_optimizer
-from nr.training.state import initial_state
+from nr.training.state import initial_params, initial_state
 from nr.training.step import make_train_step
 from tests.training import method_suite
 
@@ -76,7 +76,7 @@ def test_30_a_known_sparse_dictionary_is_recovered():
   config = make_config(steps)
   config.schedule.name = "linear"
   optimizer = make_optimizer(config, method)
-  state = initial_state(method, optimizer, 0)
+  state = initial_state(method, optimizer, initial_params(method, 0))
   step = make_train_step(method, optimizer)
   test_ND = draw(4000)
   assert unexplained(spec, state.params, test_ND) > 0.5

@@ -1,0 +1,216 @@
+"""Learning from preferences: the method of every loss on pairs of responses.
+
+    method = preference_method(full_policy(spec, params), PreferenceSpec(beta=0.1))
+    train(config, method, padded_batches(...), workdir=...)
+
+Batches are those of `nr.data.example_batches` with two sequences an example. Both
+responses of all pairs go through the model together.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nr import names
+from nr.models import parameters
+from nr.objectives.preference import PreferenceSpec, preference_loss
+from nr.objectives.sequence_scores import SequenceScores, first_tokens, sum_responses, token_statistics
+from nr.objectives.weighted import LossOutput, Weighted
+from nr.training.method import ALL, Method
+from nr.training.policy import Policy
+
+PyTree = Any
+REFERENCES = ("frozen", "synced", "base", "precomputed")
+
+
+def preference_method(
+  policy: Policy,
+  spec: PreferenceSpec,
+  *,
+  reference: str = "frozen",
+  sync_every: int = 0,
+  name: str = "preference",
+  loss_chunk: int | None = None,
+  decay: tuple[str, ...] = ALL,
+) -> Method:
+  """Returns the method that trains a policy on pairs.
+
+  Args:
+    policy: what is trained and where it begins.
+    spec: the loss.
+    reference: where the reference's log-probabilities come from, if the loss reads any:
+
+      - frozen: a copy of the parameters that training begins from;
+      - synced: the same, replaced by the current ones every `sync_every` updates
+        (iterative and online DPO; arXiv 2404.19733, 2402.04792);
+      - base: the fixed weights under an adapter, for which no copy is kept;
+      - precomputed: `reference_log_probs` of the batch (sums over whole responses).
+    sync_every: updates between two copies; "synced" only.
+    name: used in logs, checkpoints and errors.
+    loss_chunk: tokens whose logits are held at a time; None holds all of them.
+    decay: patterns of the parameters that weight decay shrinks.
+
+  Raises:
+    ValueError: an unknown reference, or one that the policy or the loss cannot have.
+  """
+  if spec.needs_reference:
+    _check_reference(policy, spec, reference, sync_every)
+  kind = reference if spec.needs_reference else "none"
+  score = _scorer(policy, spec, loss_chunk)
+  frozen, frozen_axes = {"policy": policy.fixed}, {"policy": policy.fixed_axes}
+  if kind == "frozen":
+    frozen["reference"], frozen_axes["reference"] = policy.start, policy.axes
+
+  def reference_params(frozen: PyTree, extra: PyTree) -> PyTree | None:
+    if kind == "base":
+      return policy.base(frozen["policy"])
+    trained = {"frozen": frozen.get("reference"), "synced": extra}.get(kind)
+    return None if trained is None else policy.assemble(trained, frozen["policy"])
+
+  def loss(params: PyTree, frozen: PyTree, extra: PyTree, batch: PyTree, key: jax.Array) -> LossOutput:
+    del key  # Both models are read without dropout: their difference must be 0 where they agree.
+    sides = score(policy.assemble(params, frozen["policy"]), batch)
+    fixed = reference_params(frozen, extra)
+    if fixed is not None:
+      sides = [
+        own._replace(reference=its.policy, reference_head=its.policy_head)
+        for own, its in zip(sides, jax.lax.stop_gradient(score(fixed, batch)))
+      ]
+    elif kind == "precomputed":
+      sides = [
+        own._replace(reference=batch["reference_log_probs"][..., side]) for side, own in enumerate(sides)
+      ]
+    losses_BP, metrics = preference_loss(spec, *sides)
+    weights_BP = batch["pair_weights"]
+    watched = {metric: Weighted.of(values_BP, weights_BP) for metric, values_BP in metrics.items()}
+    for side, own in zip(("chosen", "rejected"), sides):
+      watched[f"{side}_tokens"] = Weighted.of(own.tokens, weights_BP)
+    total = Weighted.of(losses_BP, weights_BP)
+    ones_BP = jnp.ones_like(weights_BP)
+    watched |= {
+      "preference_loss": total,
+      # How many of the slots held a pair: online, pools may have none to give.
+      "pair_share": Weighted.of((weights_BP > 0).astype(jnp.float32), ones_BP),
+      "tokens": _counted(batch),
+    }
+    return LossOutput(total, watched)
+
+  def sync(extra: PyTree, params: PyTree, statistics: PyTree, step: jax.Array) -> PyTree:
+    del statistics
+    is_due = (step + 1) % sync_every == 0
+    return jax.tree.map(lambda old, new: jnp.where(is_due, new, old), extra, params)
+
+  settings: dict[str, Any] = {}
+  if kind == "synced":
+    settings = dict(init_extra=lambda params: jax.tree.map(jnp.copy, params), update_extra=sync)
+  return Method(
+    name=name,
+    init=policy.init,
+    start=policy.start,
+    loss=loss,
+    axes=policy.axes,
+    frozen=frozen,
+    frozen_axes=frozen_axes,
+    decay=decay,
+    **settings,
+  )
+
+
+def _check_reference(policy: Policy, spec: PreferenceSpec, reference: str, sync_every: int) -> None:
+  if reference not in REFERENCES:
+    raise ValueError(names.unknown("reference", reference, REFERENCES))
+  if reference == "synced" and sync_every < 1:
+    raise ValueError(f"sync_every={sync_every}: reference='synced' needs 1 update or more between two copies")
+  if reference != "synced" and sync_every:
+    raise ValueError(
+      f"sync_every={sync_every}: reference={reference!r} is never replaced; set it to 0 or choose 'synced'"
+    )
+  if reference == "base" and policy.base is None:
+    raise ValueError("reference='base': all of this policy is trained; choose 'frozen', or train an adapter")
+  if reference == "precomputed" and spec.needs_head:
+    raise ValueError(
+      f"ld_alpha={spec.ld_alpha}: precomputed reference sums cover whole responses; choose reference='frozen'"
+    )
+
+
+def _counted(batch: PyTree) -> Weighted:
+  """Returns the response tokens of pairs that count, as the loop's measure of throughput."""
+  tokens = (batch["weights"] > 0).sum().astype(jnp.float32)
+  return Weighted(tokens, jnp.ones((), jnp.float32))
+
+
+def _scorer(policy: Policy, spec: PreferenceSpec, loss_chunk: int | None) -> Any:
+  """Returns (parameters, batch) -> scores of the chosen and of the rejected responses, [B, P] each."""
+
+  def score(params: PyTree, batch: PyTree) -> list[SequenceScores]:
+    return score_responses(
+      parameters.merge(policy.graphdef, params),
+      batch,
+      loss_chunk=loss_chunk,
+      with_head=spec.needs_head,
+      with_aligned=spec.weighting == "wpo",
+      with_entropy=spec.entropy_weight > 0,
+    )
+
+  return score
+
+
+def score_responses(
+  model: Any,
+  batch: PyTree,
+  *,
+  loss_chunk: int | None = None,
+  with_head: bool = False,
+  with_aligned: bool = False,
+  with_entropy: bool = False,
+) -> list[SequenceScores]:
+  """Scores the responses of a batch of pairs under a model.
+
+  Args:
+    model: a `Transformer`.
+    batch: tokens, targets, weights [B, S, L], pair_weights [B, P], and when packed
+      segment_ids and positions; see `nr.data.example_batches`.
+    loss_chunk: tokens whose logits are held at a time; None: all.
+    with_head: whether to sum the first m tokens by themselves, m the tokens of the
+      pair's shorter response (LD-DPO).
+    with_aligned: whether to give the mean of log p - log sum p^2 (WPO).
+    with_entropy: whether to give the mean entropy of a response token's law.
+
+  Returns:
+    Scores [B, P] of the chosen and of the rejected responses.
+  """
+  B, P = batch["pair_weights"].shape
+  rows = {
+    field: batch[field].reshape(-1, batch[field].shape[-1])
+    for field in ("tokens", "targets", "weights", "segment_ids", "positions")
+    if field in batch
+  }
+  segments_RL = rows.get("segment_ids")
+  slots = 1 if segments_RL is None else 2 * P
+  hidden_RLD = model.hidden(rows["tokens"], segment_ids_BL=segments_RL, positions_BL=rows.get("positions"))
+  found = token_statistics(
+    hidden_RLD,
+    model.unembedding_VD,
+    rows["targets"],
+    chunk_size=loss_chunk,
+    with_entropy=with_entropy,
+    with_sum_squares=with_aligned,
+  )
+
+  def sums(values_RL: jax.Array, weights_RL: jax.Array) -> jax.Array:
+    return sum_responses(values_RL, weights_RL, segments_RL, slots).reshape(B, P, 2)
+
+  weights_RL = rows["weights"]
+  tokens_BP2 = sums(jnp.ones_like(weights_RL), weights_RL)
+  scores: dict[str, jax.Array] = {"policy": sums(found.log_probs_RL, weights_RL), "tokens": tokens_BP2}
+  lengths_BP2 = jnp.maximum(tokens_BP2, 1.0)
+  if with_head:
+    shorter_BP2 = jnp.broadcast_to(tokens_BP2.min(axis=-1, keepdims=True), tokens_BP2.shape)
+    head_RL = first_tokens(weights_RL, shorter_BP2.reshape(-1, slots), segments_RL)
+    scores["policy_head"] = sums(found.log_probs_RL, head_RL)
+  if with_aligned:
+    scores["aligned"] = sums(found.log_probs_RL - found.log_sum_squares_RL, weights_RL) / lengths_BP2
+  if with_entropy:
+    scores["entropy"] = sums(found.entropies_RL, weights_RL) / lengths_BP2
+  return [SequenceScores(**{name: value[..., side] for name, value in scores.items()}) for side in range(2)]

@@ -1,15 +1,15 @@
 """Samples on disk, one JSON line each, appended as they come: what a killed run need not ask for again."""
 
 import dataclasses
-import json
 import pathlib
 import threading
 from collections.abc import Iterable
 
-from absl import logging
-
-from nr.data.bad_records import DataError
+from nr.data.bad_records import DataError, Quarantine
+from nr.data.json_lines import LineAppender, json_line, read_json_lines
 from nr.generators.protocol import Request, Sample, request_hash, sample_from_json, to_json
+
+_SCHEMA = {"key": "str", "sample": "object"}
 
 
 class SampleCache:
@@ -17,7 +17,7 @@ class SampleCache:
 
   The hash covers everything that decides the answer except how many samples are
   wanted, so that asking for more asks only for those that are missing. A line is
-  written whole and flushed to the system before its sample is handed on. One
+  on disk before its sample is handed on. One
   process writes at a time.
 
   Args:
@@ -33,36 +33,28 @@ class SampleCache:
     self.path, self.source = pathlib.Path(path), source
     self._lock = threading.Lock()
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    self._stream = open(self.path, "a+b")
+    self._held = open(self.path, "ab")
     try:
-      _hold(self._stream, self.path)
+      _hold(self._held, self.path)
+      self._appender = LineAppender(self.path)
       self._found = self._read()
     except BaseException:
-      self._stream.close()
+      self.close()
       raise
 
   def _read(self) -> dict[tuple[str, int], Sample]:
     found: dict[tuple[str, int], Sample] = {}
-    self._stream.seek(0)
-    good = 0
-    for number, line in enumerate(self._stream, start=1):
+
+    def check(entry: dict) -> tuple[str, str] | None:
       try:
-        if not line.endswith(b"\n"):
-          raise ValueError("it is cut off")
-        entry = json.loads(line)
         sample = sample_from_json(entry["sample"])
-        found.setdefault((entry["key"], sample.index), sample)
-      except (ValueError, KeyError, TypeError) as error:
-        if line.endswith(b"\n"):
-          raise DataError(
-            f"{self.path}, line {number}: no sample ({error}); remove the line, its sample will be asked for again"
-          ) from error
-        logging.warning(
-          "%s, line %d: cut off by a kill, dropped; its sample is asked for again", self.path, number
-        )
-        break
-      good += len(line)
-    self._stream.truncate(good)
+      except (ValueError, TypeError) as error:
+        return "sample", str(error)
+      found.setdefault((entry["key"], sample.index), sample)
+      return None
+
+    for _ in read_json_lines(self.path, _SCHEMA, Quarantine(), check):
+      pass
     return found
 
   def __len__(self) -> int:
@@ -82,14 +74,19 @@ class SampleCache:
     key = self._key(request)
     with self._lock:
       new = [each for each in samples if each.error is None and (key, each.index) not in self._found]
-      lines = [json.dumps({"key": key, "sample": to_json(each)}) + "\n" for each in new]
-      self._stream.write("".join(lines).encode("ascii"))
-      self._stream.flush()
+      if not new:
+        return
+      lines = [
+        json_line({"key": key, "sample": to_json(each)}, f"sample of {each.request_id!r}") for each in new
+      ]
+      self._appender.append("".join(lines))
       self._found |= {(key, each.index): each for each in new}
 
   def close(self) -> None:
     """Closes the file, for another process to write."""
-    self._stream.close()
+    if hasattr(self, "_appender"):
+      self._appender.close()
+    self._held.close()
 
 
 def _hold(stream, path: pathlib.Path) -> None:

@@ -61,12 +61,16 @@ class PlainText:
       object.__setattr__(self, "end_id", self.tokenizer.end_of_text_id)
 
   def encode_prompt(self, prompt: Prompt) -> list[int]:
-    """Returns `begin_ids` and the ids of a text. Raises DataError for messages."""
+    """Returns `begin_ids` and the ids of a text, end of text where there are none; refuses messages.
+
+    Raises:
+      DataError: the prompt is a conversation.
+    """
     if not isinstance(prompt, str):
       raise DataError(
         "prompt is a conversation and the format is plain text; give nr.data.chat.ChatFormat or text prompts"
       )
-    return [*self.begin_ids, *self.tokenizer.encode(prompt)]
+    return [*self.begin_ids, *self.tokenizer.encode(prompt)] or [self.tokenizer.end_of_text_id]
 
   def encode_response(self, text: str) -> list[int]:
     """Returns the ids of a response without its end."""
@@ -161,8 +165,8 @@ class Encoded(NamedTuple):
   report: EncodingReport
 
 
-class LeftOut(Exception):
-  """A record of which no example can be made; its text is the reason."""
+class LeftOut(DataError):
+  """A record of which no example can be made; its text is the reason under which it is counted."""
 
 
 Record = TypeVar("Record")

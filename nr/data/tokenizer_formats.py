@@ -75,8 +75,6 @@ class _LibraryTokenizer:
 
   def __init__(self, tokenizer, files: dict[str, bytes], end_of_text: int | str | None):
     self._tokenizer, self._files = tokenizer, files
-    # Text that spells a special token is text.
-    self._tokenizer.encode_special_tokens = True
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocabulary.values()) + 1
     if end_of_text is None:
@@ -92,8 +90,15 @@ class _LibraryTokenizer:
     self.end_of_text_id = end_of_text
     self.fingerprint = fingerprint_of(self.kind, self.end_of_text_id, files)
 
-  def encode(self, text: str) -> list[int]:
-    """Returns the ids of a text, nothing added. Raises DataError for lone surrogates."""
+  def encode(self, text: str, *, use_special_tokens: bool = False) -> list[int]:
+    """Returns the ids of a text, nothing added. Raises DataError for lone surrogates.
+
+    Args:
+      text: what to encode.
+      use_special_tokens: whether "<|im_start|>" and its like, spelled in the text,
+        become their ids (a rendered chat) or are text as any other (a user's words).
+    """
+    self._tokenizer.encode_special_tokens = not use_special_tokens
     try:
       return self._tokenizer.encode(text, add_special_tokens=False).ids
     except UnicodeEncodeError as error:

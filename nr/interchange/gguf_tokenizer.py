@@ -1,15 +1,14 @@
 """The tokenizer and chat template inside a GGUF file (needs the extras [hub] and [text]).
 
 Only byte-level BPE (`tokenizer.ggml.model` = "gpt2") is read, through the
-`tokenizers` package. Chat templates are programs by strangers: they run in
-jinja2's immutable sandbox.
+`tokenizers` package. Chat templates are run by `nr.chat_templates`.
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from nr.chat_templates import render_chat
 from nr.interchange.gguf import GgufFile
 from nr.tokenizer_files import bytes_of_library_ids, fingerprint_of, save_files
 
@@ -121,31 +120,6 @@ class GgufTokenizer:
 
   def _token(self, index: int | None) -> str:
     return "" if index is None else self._tokens[index]
-
-
-def render_chat(template: str, messages: Sequence[dict[str, str]], **variables: Any) -> str:
-  """Runs a chat template in jinja2's immutable sandbox, as `transformers` does.
-
-  Raises:
-    ImportError: jinja2 is not installed.
-    ValueError: the template raised, is malformed, or tried what the sandbox forbids.
-  """
-  try:
-    import jinja2
-    import jinja2.sandbox
-  except ImportError as error:
-    raise ImportError("chat templates need jinja2: pip install nr[text]") from error
-
-  def raise_exception(message: str):
-    raise jinja2.exceptions.TemplateError(message)
-
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-  environment.globals["raise_exception"] = raise_exception
-  environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-  try:
-    return environment.from_string(template).render(messages=list(messages), **variables)
-  except jinja2.exceptions.TemplateError as error:
-    raise ValueError(f"the chat template refused the messages: {error}") from error
 
 
 def _build(file: GgufFile, tokens: list[str]) -> Any:

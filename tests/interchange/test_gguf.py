@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nr.chat_templates import render_chat
 from nr.interchange.gguf import TYPES, GgufFile, load_gguf
-from nr.interchange.gguf_tokenizer import GgufTokenizer, render_chat
+from nr.interchange.gguf_tokenizer import GgufTokenizer
 from nr.models import parameters
 from nr.models.transformer import Transformer
 

@@ -18,10 +18,12 @@ from flax import nnx
 
 from nr.interchange import families, names
 from nr.models import parameters
+from nr.models.reward import RewardModelSpec
 from nr.models.transformer import Transformer, TransformerSpec
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_SCORE = "score.weight"
 
 
 def load_huggingface(folder: str | pathlib.Path, **settings) -> tuple[TransformerSpec, dict]:
@@ -44,21 +46,54 @@ def load_huggingface(folder: str | pathlib.Path, **settings) -> tuple[Transforme
     ValueError: a model type or setting that is not supported, or tensors that
       are missing, unknown or of a wrong shape; the message names them.
   """
-  folder = pathlib.Path(folder)
+  spec, tensors = _open_folder(pathlib.Path(folder), settings)
+  return spec, _read_transformer(spec, tensors, folder)
+
+
+def load_huggingface_reward_model(folder: str | pathlib.Path, **settings) -> tuple[RewardModelSpec, dict]:
+  """Reads a reward model: a sequence classifier of one label, such as `LlamaForSequenceClassification`.
+
+  Args:
+    folder: as `load_huggingface` takes it, with a tensor "score.weight" [1, D].
+    **settings: fields of TransformerSpec, likewise.
+
+  Returns:
+    (spec, parameters) of `nr.models.reward.RewardModel`, layers stacked, on the host.
+
+  Raises:
+    ImportError, FileNotFoundError: as `load_huggingface`.
+    ValueError: as `load_huggingface`, or no head of one label.
+  """
+  # The output head of the language model is gone; a tied one takes no parameters.
+  spec, tensors = _open_folder(pathlib.Path(folder), {**settings, "tied_head": True})
+  head_1D = tensors.take(_SCORE)
+  if head_1D is None or head_1D.shape != (1, spec.model_dim):
+    found = "is missing" if head_1D is None else f"has shape {head_1D.shape}"
+    raise ValueError(
+      f"{folder}: tensor {_SCORE} {found}; give a sequence classifier of one label, [1, {spec.model_dim}]"
+    )
+  params = {"transformer": _read_transformer(spec, tensors, folder)}
+  params["reward"] = {"kernel": head_1D.T.astype(spec.param_dtype)}
+  return RewardModelSpec(spec), params
+
+
+def _open_folder(folder: pathlib.Path, settings: dict) -> tuple[TransformerSpec, "_Tensors"]:
   config = read_json(folder / "config.json")
   family = families.family_of_config(config)
   try:
     spec = family.to_spec(config)
   except KeyError as error:
     raise ValueError(f"{folder / 'config.json'}: field {error} is missing") from error
-  spec = dataclasses.replace(spec, **settings)
-  table = family.table(spec)
-  tensors = _Tensors(folder, family)
+  return dataclasses.replace(spec, **settings), _Tensors(folder, family)
+
+
+def _read_transformer(spec: TransformerSpec, tensors: "_Tensors", folder: Any) -> dict:
+  table = tensors.family.table(spec)
   if spec.tied_head:
     tensors.drop_tied_head(table)
   params = names.to_ours(table, tensors, spec, spec.param_dtype)
   names.check_shapes(params, _expected(spec), str(folder))
-  return spec, params
+  return params
 
 
 def save_huggingface(folder: str | pathlib.Path, spec: TransformerSpec, params: Mapping[str, Any]) -> None:
@@ -101,7 +136,7 @@ class _Tensors(Mapping):
     self._open = safetensors_package().safe_open
     self._places: dict[str, tuple[pathlib.Path, str]] = {}
     self._handles: dict[pathlib.Path, Any] = {}
-    self._family = family
+    self.family = family
     for path in _files(folder):
       for stored in self._handle(path).keys():
         name = self._full_name(stored)
@@ -109,6 +144,12 @@ class _Tensors(Mapping):
           raise ValueError(f"{path}: tensor {stored} is stored twice in {folder}")
         if not re.fullmatch(family.ignored, name):
           self._places[name] = (path, stored)
+
+  def take(self, name: str) -> np.ndarray | None:
+    """Returns a tensor that is no longer counted among the folder's; None where there is none."""
+    tensor = self[name] if name in self._places else None
+    self._places.pop(name, None)
+    return tensor
 
   def drop_tied_head(self, table: names.Table) -> None:
     """Forgets a stored copy of the token embedding; ValueError when it is no copy."""
@@ -135,8 +176,8 @@ class _Tensors(Mapping):
 
   def _full_name(self, stored: str) -> str:
     """Base models are saved without the prefix."""
-    prefix = self._family.prefix
-    return stored if stored.startswith((prefix, families.HEAD.theirs)) else prefix + stored
+    prefix = self.family.prefix
+    return stored if stored.startswith((prefix, families.HEAD.theirs, _SCORE)) else prefix + stored
 
   def _handle(self, path: pathlib.Path) -> Any:
     if path not in self._handles:

@@ -1,0 +1,71 @@
+"""Pairwise winrates with intervals over prompts and seeds."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from nr.evaluation.statistics import Interval
+
+
+def wins(first_PN: np.ndarray, second_PM: np.ndarray) -> np.ndarray:
+  """Points of the first system for each prompt: 1 where it is better, 0.5 for a tie, 0 where it is worse.
+
+  Args:
+    first_PN: scores of N responses to each of P prompts; [P, N, C] for scores of which a later one decides
+      only where all earlier ones tie.
+    second_PM: scores of M responses to the same prompts.
+
+  Returns:
+    float64 [P], the mean over all N x M comparisons of a prompt.
+
+  Raises:
+    ValueError: other prompts, or another number of scores.
+  """
+  first, second = (np.asarray(x, np.float64) for x in (first_PN, second_PM))
+  if first.ndim == 2 and second.ndim == 2:
+    first, second = first[..., None], second[..., None]
+  if first.ndim != 3 or len(first) != len(second) or first.shape[2] != second.shape[-1]:
+    raise ValueError(f"scores of shapes {np.shape(first_PN)} and {np.shape(second_PM)} cannot be compared")
+  decided = np.zeros((len(first), first.shape[1], second.shape[1]))
+  for score in range(first.shape[2]):
+    sign = np.sign(first[:, :, None, score] - second[:, None, :, score])
+    decided = np.where(decided == 0, sign, decided)
+  return (0.5 * (1 + decided)).mean(axis=(1, 2))
+
+
+def winrate(
+  points: Sequence[Mapping[str, np.ndarray]], *, seed: int, samples: int = 2000, level: float = 0.95
+) -> Interval:
+  """Mean over seeds of the unweighted mean over tasks of the points, with a bootstrap interval.
+
+  The bootstrap draws seeds with replacement, and within each drawn seed and task prompts with replacement.
+
+  Args:
+    points: for each seed, by task: [prompts] of `wins`.
+    seed: of the resampling.
+    samples: bootstrap samples.
+    level: coverage of the interval.
+
+  Raises:
+    ValueError: no seed, or a task without prompts.
+  """
+  if not points or any(len(values) == 0 for tasks in points for values in tasks.values()):
+    raise ValueError("winrate: give at least one seed, and at least one prompt of every task")
+  random = np.random.default_rng(seed)
+  estimate = np.mean([np.mean([values.mean() for values in tasks.values()]) for tasks in points])
+  rows = np.arange(samples)
+  total_B = np.zeros(samples)
+  for _ in points:
+    means_SB = np.stack([_resampled(tasks, random, samples) for tasks in points])
+    total_B += means_SB[random.integers(0, len(points), samples), rows]
+  low, high = np.quantile(total_B / len(points), [(1 - level) / 2, (1 + level) / 2])
+  return Interval(float(estimate), float(low), float(high))
+
+
+def _resampled(tasks: Mapping[str, np.ndarray], random: np.random.Generator, samples: int) -> np.ndarray:
+  means = []
+  for values in tasks.values():
+    count = len(values)
+    counts_BP = random.multinomial(count, np.full(count, 1 / count), size=samples)
+    means.append(counts_BP @ np.asarray(values, np.float64) / count)
+  return np.mean(means, axis=0)

@@ -9,16 +9,16 @@ from nr.models.transformer import TransformerSpec
 from nr.objectives.language_modeling import next_token_loss
 from nr.objectives.weighted import LossOutput
 from nr.training.method import Method
-from nr.training.model_files import axes_of, build_model, graphdef_of
+from nr.training.policy import Policy, new_policy
 
 
 def next_token_method(
-  spec: TransformerSpec, *, name: str = "next_token", loss_chunk: int | None = None
+  model: TransformerSpec | Policy, *, name: str = "next_token", loss_chunk: int | None = None
 ) -> Method:
-  """Returns the method that trains a transformer on the next token.
+  """Returns the method that trains a transformer on the next token, from scratch or from given parameters.
 
   Args:
-    spec: the model.
+    model: settings of a new model; or a policy, to fine-tune it or an adapter on it.
     name: used in logs and errors.
     loss_chunk: tokens whose logits are held at a time; None holds all of them.
 
@@ -28,16 +28,16 @@ def next_token_method(
     Weight decay covers every parameter, as in GPT-2 and CoCoMix's code.
   """
 
-  graphdef = graphdef_of(spec)
+  policy = model if isinstance(model, Policy) else new_policy(model)
 
   def loss(params: Any, frozen: Any, extra: Any, batch: Any, key: jax.Array) -> LossOutput:
-    del frozen, extra
-    model = parameters.merge(graphdef, params)
+    del extra
+    model = parameters.merge(policy.graphdef, policy.assemble(params, frozen))
     hidden_BLD = model.hidden(
       batch["tokens"],
       segment_ids_BL=batch.get("segment_ids"),
       positions_BL=batch.get("positions"),
-      key=key if spec.dropout else None,
+      key=key if policy.spec.dropout else None,
     )
     total = next_token_loss(
       hidden_BLD, model.unembedding_VD, batch["targets"], batch["weights"], chunk_size=loss_chunk
@@ -46,7 +46,10 @@ def next_token_method(
 
   return Method(
     name=name,
-    init=lambda key: parameters.split(build_model(spec, key))[1],
+    init=policy.init,
+    start=policy.start,
     loss=loss,
-    axes=axes_of(spec),
+    axes=policy.axes,
+    frozen=policy.fixed,
+    frozen_axes=policy.fixed_axes,
   )

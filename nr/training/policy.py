@@ -1,12 +1,14 @@
 """What of a model is trained: all of it, or an adapter on fixed weights."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nr.models import parameters
+from nr.models import lora, parameters
+from nr.models.weight_quantization import QuantizedWeight
 from nr.training.model_files import ModelSpec, axes_of, build_model, graphdef_of
 
 PyTree = Any
@@ -18,7 +20,7 @@ class Policy(NamedTuple):
   Attributes:
     spec: settings of the model.
     graphdef: its definition, for `nr.models.parameters.merge`.
-    start: the trained tree to begin from, in the layout of the spec.
+    start: the trained tree to begin from, in the layout of the spec; None: what `init` makes.
     axes: logical axis names of `start`.
     fixed: arrays that `assemble` reads and training never touches; {} when all is trained.
     fixed_axes: logical axis names of `fixed`.
@@ -30,7 +32,7 @@ class Policy(NamedTuple):
 
   spec: ModelSpec
   graphdef: Any
-  start: PyTree
+  start: PyTree | None
   axes: PyTree
   fixed: PyTree
   fixed_axes: PyTree
@@ -39,17 +41,16 @@ class Policy(NamedTuple):
   init: Callable[[jax.Array], PyTree]
 
 
-def full_policy(spec: ModelSpec, params: PyTree) -> Policy:
-  """Returns the policy that trains every parameter.
+def new_policy(spec: ModelSpec) -> Policy:
+  """Returns the policy that trains every parameter of a new model.
 
   Args:
-    spec: settings of the model; `layers` is the layout trained in.
-    params: its parameters, in either layout; made float32, the type of the master copy.
+    spec: settings of the model.
   """
   return Policy(
     spec=spec,
     graphdef=graphdef_of(spec),
-    start=_in_layout(spec, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)),
+    start=None,
     axes=axes_of(spec),
     fixed={},
     fixed_axes={},
@@ -57,6 +58,74 @@ def full_policy(spec: ModelSpec, params: PyTree) -> Policy:
     base=None,
     init=lambda key: parameters.split(build_model(spec, key))[1],
   )
+
+
+def full_policy(spec: ModelSpec, params: PyTree) -> Policy:
+  """Returns the policy that trains every parameter of a given model.
+
+  Args:
+    spec: settings of the model; `layers` is the layout trained in.
+    params: its parameters, in either layout; made float32, the type of the master copy.
+
+  Raises:
+    ValueError: quantised parameters.
+  """
+  if any(map(_is_quantized, jax.tree.leaves(params, is_leaf=_is_quantized))):
+    raise ValueError(
+      "params are quantised, and codes cannot be trained; use lora_policy, or whole parameters"
+    )
+  start = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+  return new_policy(spec)._replace(start=_in_layout(spec, start))
+
+
+def lora_policy(spec: ModelSpec, params: PyTree, adapter: lora.LoraSpec, key: jax.Array) -> Policy:
+  """Returns the policy that trains a low-rank adapter on fixed weights.
+
+  Args:
+    spec: settings of the model; `layers` is the layout trained in.
+    params: its parameters, in either layout and any type, quantised or not.
+    adapter: settings of the adapter.
+    key: random key of its first values.
+
+  Raises:
+    ValueError: targets that match nothing, or what cannot be adapted.
+  """
+  fixed = _in_layout(spec, jax.tree.map(jnp.asarray, params))
+  axes = axes_of(spec)
+  shapes = jax.eval_shape(lambda: fixed)
+  return Policy(
+    spec=spec,
+    graphdef=graphdef_of(spec),
+    start=lora.init_adapter(adapter, fixed, key),
+    axes=lora.adapter_axes(adapter, fixed, axes),
+    fixed=fixed,
+    fixed_axes=_quantized_axes(axes, fixed),
+    assemble=lambda trained, fixed: lora.attach(fixed, trained, adapter),
+    base=lambda fixed: fixed,
+    init=lambda key: lora.init_adapter(adapter, shapes, key),
+  )
+
+
+def _quantized_axes(axes: PyTree, params: PyTree) -> PyTree:
+  """Returns logical axis names for parameters of which some are quantised."""
+
+  def name(leaf: Any, names: tuple[str | None, ...]) -> Any:
+    if not _is_quantized(leaf):
+      return names
+
+    # Bytes of 4-bit pairs and scales of groups are fewer than the axis has entries.
+    def fitting(array: jax.Array) -> tuple[str | None, ...]:
+      return tuple(
+        name if size == whole else None for name, size, whole in zip(names, array.shape, leaf.shape)
+      )
+
+    return dataclasses.replace(leaf, codes=fitting(leaf.codes), scales=fitting(leaf.scales))
+
+  return jax.tree.map(name, params, axes, is_leaf=_is_quantized)
+
+
+def _is_quantized(node: Any) -> bool:
+  return isinstance(node, QuantizedWeight)
 
 
 def _in_layout(spec: ModelSpec, params: PyTree) -> PyTree:

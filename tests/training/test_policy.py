@@ -1,0 +1,119 @@
+"""Fine-tuning all of a model or an adapter on it, by the next-token method."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from nr.data.example_batches import packed_batches
+from nr.data.examples import LengthLimits, PlainText, Response, encode_responses
+from nr.models import parameters
+from nr.models.lora import ATTENTION, MLP, UNEMBEDDING, LoraSpec, count_parameters, merge
+from nr.models.transformer import TransformerSpec
+from nr.models.weight_quantization import quantize_weights
+from nr.training import sharding
+from nr.training.checkpoints import tree_hash
+from nr.training.loop import train
+from nr.training.model_files import build_model
+from nr.training.next_token import next_token_method
+from nr.training.policy import full_policy, lora_policy, new_policy
+from nr.training.state import place_frozen
+from tests.data.byte_tokenizer import ByteTokenizer
+from tests.training import method_suite
+
+SPEC = TransformerSpec.llama(
+  vocab_size=264, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=4, mlp_dim=32, max_length=64
+)
+LORA = LoraSpec(rank=4, alpha=8.0)
+
+
+def base(seed=0, spec=SPEC):
+  return parameters.split(build_model(spec, jax.random.key(seed)))[1]
+
+
+def adapted(params=None, spec=SPEC, lora=LORA):
+  return lora_policy(spec, base() if params is None else params, lora, jax.random.key(1))
+
+
+def data(rows=8):
+  """Packed responses to prompts, of which only the responses are learnt."""
+  generator = np.random.default_rng(0)
+  records = [
+    Response(
+      f"r{i}", "say " + "abcdefgh"[i % 8], "abcdefgh"[i % 8] * int(generator.integers(1, 6)), weight=1 + i % 2
+    )
+    for i in range(24)
+  ]
+  examples = encode_responses(records, PlainText(ByteTokenizer()), LengthLimits(16)).examples
+  return packed_batches(examples, rows, 32, seed=0)
+
+
+def test_fine_tuning_an_adapter_passes_the_suite(tmp_path):
+  batch = next(iter(data()))
+  assert batch["tokens"].shape == (8, 32) and 0 < (batch["weights"] > 0).mean() < 0.5
+  method_suite.check_all(next_token_method(adapted()), batch, tmp_path, golden="next_token_lora")
+
+
+def test_training_an_adapter_learns_and_leaves_the_base_alone(tmp_path):
+  params = base()
+  lora = LoraSpec(rank=4, alpha=8.0, targets=(ATTENTION, MLP, UNEMBEDDING))
+  policy = adapted(params, lora=lora)
+  config = method_suite.tiny_config(
+    next(iter(data())), steps=30, optimizer__learning_rate=0.05, schedule__name="constant", mesh__data=1
+  )
+  method = next_token_method(policy)
+  result = train(config, method, data(), workdir=tmp_path)
+  first = method_suite.gradients_and_sums(
+    method, next(iter(data())), method_suite.Prepared(policy.start, (), None)
+  )
+  assert result.summary["loss"] < 0.7 * float(first[1].loss.mean())
+  assert result.summary["parameters"] == count_parameters(policy.start)
+  jax.tree.map(np.testing.assert_array_equal, policy.fixed, params)
+  # The merged model computes what the adapter on its base does.
+  tokens = next(iter(data()))["tokens"]
+  apply = jax.jit(lambda params: parameters.merge(policy.graphdef, params)(tokens))
+  attached = apply(policy.assemble(result.state.params, policy.fixed))
+  np.testing.assert_allclose(apply(merge(params, result.state.params, lora)), attached, atol=1e-4, rtol=1e-5)
+  assert np.abs(attached - apply(params)).max() > 0.1
+
+
+def test_an_adapter_saved_with_stacked_layers_goes_on_with_layers_kept_apart(tmp_path):
+  apart = dataclasses.replace(SPEC, layers="unroll")
+  batch = next(iter(data()))
+  config = method_suite.tiny_config(batch, steps=2, schedule__steps=4)
+  longer = method_suite.tiny_config(batch, steps=4, schedule__steps=4)
+  first = train(config, next_token_method(adapted()), data(), workdir=tmp_path)
+  on = train(longer, next_token_method(adapted(spec=apart)), data(), workdir=tmp_path)
+  assert set(on.state.params["blocks"]) == {0, 1} and int(first.state.step) == 2
+  restored = train(longer, next_token_method(adapted()), data(), workdir=tmp_path)
+  assert tree_hash(restored.state) == tree_hash(on.state)
+
+
+def test_full_fine_tuning_begins_where_the_model_stands():
+  params, batch = base(seed=3), next(iter(data()))
+  method = next_token_method(full_policy(SPEC, params))
+  before, after, metrics = method_suite.first_step(method, batch)
+  jax.tree.map(np.testing.assert_array_equal, before, params)
+  assert np.abs(after["unembedding"] - before["unembedding"]).max() > 0
+  new = next_token_method(new_policy(SPEC))
+  plain = next_token_method(SPEC)
+  assert new.start is None and plain.start is None
+  loss = metrics["loss"].mean()
+  found = method_suite.first_step(next_token_method(adapted(params)), batch)[2]["loss"].mean()
+  np.testing.assert_allclose(found, loss, rtol=1e-6, err_msg="a new adapter is its base")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_adapter_on_quantised_weights_is_the_same_on_a_mesh(bits):
+  params = quantize_weights(base(), bits)
+  method, batch = next_token_method(adapted(params)), next(iter(data()))
+  method_suite.check_devices_agree(method, batch, meshes=(dict(data=2, fsdp=2, tensor=2, sequence=1),))
+  mesh = sharding.make_mesh(dict(data=1, fsdp=4, tensor=1, sequence=1))
+  codes = place_frozen(method, mesh)["blocks"]["attention"]["query"]["kernel"].codes
+  shard = codes.addressable_shards[0].data
+  assert shard.size * (4 if bits == 8 else 1) == codes.size, (
+    "codes are sharded as the weight is, where they can"
+  )
+  with pytest.raises(ValueError, match="quantised"):
+    full_policy(SPEC, params)

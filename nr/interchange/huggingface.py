@@ -109,17 +109,56 @@ def save_huggingface(folder: str | pathlib.Path, spec: TransformerSpec, params: 
     ValueError: no family computes what the spec does, or the parameters are
       not the spec's.
   """
-  safetensors_numpy = safetensors_package().numpy
   family = families.family_of_spec(spec)
   params = parameters.stack_layers(params)
   names.check_shapes(params, _expected(spec), "the parameters")
   tensors = names.to_theirs(family.table(spec), params, spec)
-  folder = pathlib.Path(folder)
+  _write_folder(pathlib.Path(folder), family, spec, tensors, {"architectures": [family.architecture]})
+
+
+def save_huggingface_reward_model(
+  folder: str | pathlib.Path,
+  spec: RewardModelSpec,
+  params: Mapping[str, Any],
+  pad_token_id: int | None = None,
+) -> None:
+  """Writes a reward model as a sequence classifier of one label, which `transformers` loads.
+
+  Args:
+    folder: made if absent; the two files are replaced.
+    spec: the model's settings.
+    params: of `nr.models.reward.RewardModel`, in either layout; an output head is left out.
+    pad_token_id: id of padding: `transformers` finds a text's last token by it, and
+      takes one text at a time without it.
+
+  Raises:
+    ImportError, ValueError: as `save_huggingface`.
+  """
+  trunk = dataclasses.replace(spec.transformer, tied_head=True)
+  family = families.family_of_spec(trunk)
+  stacked = parameters.stack_layers(params)
+  transformer = {name: leaf for name, leaf in stacked["transformer"].items() if name != "unembedding"}
+  names.check_shapes(transformer, _expected(trunk), "the parameters")
+  tensors = names.to_theirs(family.table(trunk), transformer, trunk)
+  tensors[_SCORE] = np.ascontiguousarray(np.asarray(stacked["reward"]["kernel"]).T)
+  architecture = re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", family.architecture)
+  labels = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}, "pad_token_id": pad_token_id}
+  _write_folder(pathlib.Path(folder), family, trunk, tensors, {"architectures": [architecture], **labels})
+
+
+def _write_folder(
+  folder: pathlib.Path,
+  family: families.Family,
+  spec: TransformerSpec,
+  tensors: dict[str, np.ndarray],
+  settings: dict[str, Any],
+) -> None:
+  safetensors_numpy = safetensors_package().numpy
   folder.mkdir(parents=True, exist_ok=True)
   # transformers refuses files whose metadata do not say "pt": its names and layouts, not torch's pickles.
   safetensors_numpy.save_file(tensors, folder / _SINGLE, metadata={"format": "pt"})
   config = {
-    "architectures": [family.architecture],
+    **settings,
     **family.to_config(spec),
     "model_type": family.model_type,
     "dtype": str(next(iter(tensors.values())).dtype),

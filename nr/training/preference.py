@@ -135,9 +135,9 @@ def _check_reference(policy: Policy, spec: PreferenceSpec, reference: str, sync_
 
 
 def _counted(batch: PyTree) -> Weighted:
-  """Returns the response tokens of pairs that count, as the loop's measure of throughput."""
-  tokens = (batch["weights"] > 0).sum().astype(jnp.float32)
-  return Weighted(tokens, jnp.ones((), jnp.float32))
+  """Counts the response tokens, by which the loop measures its speed; their mean is the share of positions."""
+  is_response = (batch["weights"] > 0).astype(jnp.float32)
+  return Weighted.of(is_response, jnp.ones_like(is_response))
 
 
 def _scorer(policy: Policy, spec: PreferenceSpec, loss_chunk: int | None) -> Any:

@@ -1,0 +1,129 @@
+"""Stage `pairs`: one pair a prompt, by the experiment's rule; a share of the prompts is held out."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nr.data.pools import Pool, read_pools
+from nr.data.preferences import PreferencePair, read_pairs, write_pairs
+from nr.recipes.adaptive_decoding import families, settings
+from nr.recipes.adaptive_decoding.pair_rules import Scores, make_pair
+from nr.recipes.stages import Artifact, StageContext
+
+SPLITS = ("train", "held_out")
+
+
+def run(context: StageContext) -> Artifact:
+  """Makes the pairs of every seed and experiment."""
+  config, artifact = context.config, {}
+  for key, pooled in context.inputs["pools"].items():
+    name, seed = key.split("/")
+    experiment = config.experiments[name]
+    pools = read_pools(context.path(pooled["path"]))
+    random = settings.random_of(config.seed, seed, name, "pairs")
+    pairs, counts = pairs_of(pools, experiment, random)
+    is_held_out = random.random(len(pairs)) < experiment.held_out
+    entry: dict[str, Any] = {"counts": counts, "settings": {}}
+    for split, members in zip(SPLITS, (~is_held_out, is_held_out)):
+      path = context.directory / f"{name}_seed{seed}_{split}.jsonl"
+      chosen = [pair for pair, is_member in zip(pairs, members) if is_member]
+      if not chosen:
+        raise ValueError(
+          f"experiments.{name}: no pair for split {split!r} of seed {seed}; raise num_prompts or held_out"
+        )
+      write_pairs(path, chosen)
+      entry[split] = context.relative(path)
+      counts[split] = len(chosen)
+    entry["settings"] = setting_counts(read_arrays(context.path(entry["train"])), len(experiment["values"]))
+    artifact[key] = entry
+  return artifact
+
+
+def pairs_of(
+  pools: list[Pool], experiment: Any, random: np.random.Generator
+) -> tuple[list[PreferencePair], dict[str, int]]:
+  """Returns the pairs, and how many prompts gave none and why."""
+  pairs, counts = [], {"prompts": len(pools), "no_pair": 0, "same_setting": 0}
+  for pool in pools:
+    scores = Scores(
+      np.asarray([sample.score for sample in pool.samples]),
+      np.asarray([sample.details["quality"] for sample in pool.samples]),
+    )
+    found = make_pair(experiment.pair_rule, scores, random, experiment.pair_top)
+    if found is None:
+      counts["no_pair"] += 1
+      continue
+    sides = [pool.samples[index] for index in found]
+    choices = [list(side.extras["choices"]) for side in sides]
+    if experiment.level == "sequence" and choices[0][0] == choices[1][0]:
+      # Under Eq. 10 it has no gradient: the choice was the same.
+      counts["same_setting"] += 1
+      continue
+    pairs.append(
+      PreferencePair(
+        id=pool.id,
+        prompt=pool.prompt,
+        chosen=sides[0].text,
+        rejected=sides[1].text,
+        prompt_tokens=pool.prompt_tokens,
+        chosen_tokens=sides[0].tokens,
+        rejected_tokens=sides[1].tokens,
+        provenance={
+          "choices": choices,
+          "scores": [side.score for side in sides],
+          "samples": [side.index for side in sides],
+          "rule": experiment.pair_rule,
+        },
+      )
+    )
+  return pairs, counts
+
+
+class PairArrays(NamedTuple):
+  """Pairs as arrays, chosen first; positions predict the token behind them.
+
+  Attributes:
+    tokens: int32 [P, 2, T], prompt, response and padding.
+    targets: int32 [P, 2, T], the next token of each position.
+    weights: float32 [P, 2, T], 1 where the target belongs to the response.
+    choices: int32 [P, 2, T], the setting that the target was drawn with; 0 elsewhere.
+  """
+
+  tokens: np.ndarray
+  targets: np.ndarray
+  weights: np.ndarray
+  choices: np.ndarray
+
+
+def read_arrays(path: Any) -> PairArrays:
+  """Reads a file of pairs."""
+  pairs = list(read_pairs(path))
+  shape = (len(pairs), 2, families.LENGTH)
+  tokens, choices = np.full((*shape[:2], shape[2] + 1), families.END, np.int32), np.zeros(shape, np.int32)
+  weights = np.zeros(shape, np.float32)
+  for row, pair in enumerate(pairs):
+    for side, response in enumerate((pair.chosen_tokens, pair.rejected_tokens)):
+      whole = (*pair.prompt_tokens, *response)
+      tokens[row, side, : len(whole)] = whole
+      place = slice(len(pair.prompt_tokens) - 1, len(whole) - 1)
+      weights[row, side, place] = 1
+      choices[row, side, place] = pair.provenance["choices"][side]
+  return PairArrays(tokens[..., :-1], tokens[..., 1:], weights, choices)
+
+
+def setting_counts(arrays: PairArrays, count: int) -> dict[str, list[float]]:
+  """Returns how often each setting was chosen and rejected, a response counting 1 in all."""
+  shares = []
+  for side in (0, 1):
+    weights_PT = arrays.weights[:, side] / np.maximum(arrays.weights[:, side].sum(1, keepdims=True), 1)
+    of_side = np.bincount(arrays.choices[:, side].ravel(), weights_PT.ravel(), minlength=count)
+    shares.append(of_side.tolist())
+  return {"chosen": shares[0], "rejected": shares[1]}
+
+
+def setting_scores(counts: dict[str, list[float]]) -> np.ndarray:
+  """Returns for each setting the log of how often it was chosen by how often it was rejected.
+
+  It is the ratio that carries the signal (the paper's figure 7); 1 is added to both, our choice.
+  """
+  return np.log(np.asarray(counts["chosen"]) + 1) - np.log(np.asarray(counts["rejected"]) + 1)

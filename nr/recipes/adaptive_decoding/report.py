@@ -1,0 +1,90 @@
+"""Stage `report`: report.json, report.md and plots."""
+
+from typing import Any
+
+import jax
+
+from nr.evaluation import plots
+from nr.recipes.adaptive_decoding import report_text
+from nr.recipes.stages import Artifact, StageContext, read_manifest, versions, write_json
+
+
+def run(context: StageContext) -> Artifact:
+  """Gathers every stage's numbers into the report."""
+  report = gather(context)
+  report["plots"] = draw(context, report)
+  write_json(context.workdir / "report.json", report)
+  (context.workdir / "report.md").write_text(report_text.render(report))
+  return {"report": "report.json", "text": "report.md", "plots": report["plots"]}
+
+
+def gather(context: StageContext) -> dict[str, Any]:
+  """Returns the content of report.json."""
+  inputs, config = context.inputs, context.config
+  manifest = read_manifest(context.workdir)
+  return {
+    "recipe": config.recipe,
+    "variant": config.variant,
+    "seeds": list(config.seeds),
+    "values": {name: list(experiment["values"]) for name, experiment in config.experiments.items()},
+    "levels": {name: experiment.level for name, experiment in config.experiments.items()},
+    "num_test_prompts": {name: each.num_test_prompts for name, each in config.experiments.items()},
+    "variants": list(config.heads.variants),
+    "language_model": inputs["language_model"],
+    "pools": inputs["pools"],
+    "pairs": inputs["pairs"],
+    "heads": inputs["heads"],
+    "evaluation": inputs["evaluate"],
+    "environment": {
+      "versions": versions(),
+      "device": jax.devices()[0].device_kind,
+      "devices": jax.device_count(),
+    },
+    "seconds": {name: entry["seconds"] for name, entry in manifest.items() if name != "report"},
+  }
+
+
+def draw(context: StageContext, report: dict[str, Any]) -> list[str]:
+  """Draws what the heads picked, and returns the plots' paths relative to the run directory."""
+  folder, seed = context.workdir / "plots", str(report["seeds"][0])
+  for name, evaluated in report["evaluation"].items():
+    values, picks = report["values"][name], evaluated["picks"][seed]
+    histograms = {
+      f"{arm}, {family}": (values, found["histogram"])
+      for arm, tasks in picks.items()
+      for family, found in tasks.items()
+      if not arm.endswith("_sample")
+    }
+    plots.plot_curves(
+      folder / f"{name}_settings.png",
+      histograms,
+      title=f"What the heads pick: {name}",
+      x_label="setting",
+      y_label="share of the tokens",
+    )
+    if report["levels"][name] == "token":
+      lines = {
+        arm: (list(range(len(found["mean_by_position"]))), found["mean_by_position"])
+        for arm, tasks in picks.items()
+        for found in tasks.values()
+        if not arm.endswith("_sample")
+      }
+      plots.plot_curves(
+        folder / f"{name}_positions.png",
+        lines,
+        title="Mean setting by token of the response",
+        x_label="token",
+        y_label="mean setting",
+      )
+    curves = {
+      family: (values, curve)
+      for family, curve in report["pools"][f"{name}/{seed}"]["mean_reward_by_setting"].items()
+    }
+    plots.plot_curves(
+      folder / f"{name}_rewards.png",
+      curves,
+      title=f"Mean reward by setting, training pools: {name}",
+      x_label="setting",
+      y_label="reward",
+    )
+  return sorted(context.relative(path) for path in folder.glob("*.png"))

@@ -1,0 +1,54 @@
+"""Stage `arms`: DPO, R-DPO and LIFT from the same model, one training of each arm a seed."""
+
+import json
+from typing import Any
+
+from nr.data.example_batches import padded_batches
+from nr.data.examples import encode_pairs
+from nr.data.preferences import read_pairs
+from nr.recipes.cocomix.settings import training_config
+from nr.recipes.length_instruct import augmentation, settings
+from nr.recipes.stages import Artifact, StageContext
+from nr.training.loop import train
+from nr.training.model_files import save_model
+from nr.training.policy import full_policy
+from nr.training.preference import preference_method
+
+
+def run(context: StageContext) -> Artifact:
+  """Trains every arm of every seed; those that finished earlier are not trained again."""
+  config, language = context.config, settings.language_of(context.config)
+  runs: dict[str, Any] = {}
+  for seed in config.seeds:
+    plain = read_pairs(context.path(context.inputs["pairs"]["files"][str(seed)]["path"]))
+    limited = read_pairs(context.path(context.inputs["augment"]["files"][str(seed)]["path"]))
+    for arm in settings.arm_names(config):
+      pairs = augmentation.mixture(plain, limited, config.arms[arm].mix)
+      runs[run_name(arm, seed)] = {"arm": arm, "seed": seed, **_train(context, language, arm, seed, pairs)}
+  return {"runs": runs, "arms": settings.arm_names(config), "seeds": list(config.seeds)}
+
+
+def run_name(arm: str, seed: int) -> str:
+  """Returns the folder name of one training."""
+  return f"{arm}_seed{seed}"
+
+
+def _train(context: StageContext, language: settings.Language, arm: str, seed: int, pairs: list) -> Artifact:
+  config, directory = context.config, context.directory / run_name(arm, seed)
+  spec, params = settings.open_model(context, context.inputs["base"]["models"][str(seed)])
+  method = preference_method(full_policy(spec, params), settings.preference_spec(config, arm), name=arm)
+  encoded = encode_pairs(pairs, language.format, settings.length_limits(config))
+  training = training_config(config.arms[arm].train if "train" in config.arms[arm] else config.train, seed)
+  batches = padded_batches(
+    encoded.examples, training.batch_size, settings.encoded_lengths(config), seed=training.seed
+  )
+  result = train(training, method, batches, workdir=directory, metadata={"arm": arm})
+  fingerprint = save_model(directory / "model", spec, result.state.params, language.tokenizer.fingerprint)
+  return {
+    "model": context.relative(directory / "model"),
+    "directory": context.relative(directory),
+    "fingerprint": fingerprint,
+    "pairs": encoded.report.kept,
+    "mix": config.arms[arm].mix,
+    "summary": json.loads(json.dumps(result.summary, default=float)),
+  }

@@ -1,0 +1,89 @@
+"""Stage `base`: the model that every arm begins from, one a seed.
+
+In the toy world it is trained on the world's answers. A given checkpoint is copied into
+the run, fine-tuned first where answers to learn are named (`base.responses`).
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from nr.data.bad_records import Quarantine
+from nr.data.example_batches import padded_batches
+from nr.data.examples import Response, encode_responses
+from nr.data.json_lines import read_json_lines
+from nr.data.preferences import freeze_prompt
+from nr.generators.checkpoints import open_checkpoint
+from nr.recipes.cocomix.settings import training_config, transformer_spec
+from nr.recipes.length_instruct import settings
+from nr.recipes.stages import Artifact, StageContext
+from nr.training import trees
+from nr.training.loop import train
+from nr.training.model_files import save_model
+from nr.training.next_token import next_token_method
+from nr.training.policy import full_policy
+
+RESPONSES_SCHEMA = {"id": "str", "prompt": "object", "response": "str"}
+
+
+def run(context: StageContext) -> Artifact:
+  """Trains or copies the model of every seed."""
+  config = context.config
+  language = settings.language_of(config)
+  language.tokenizer.save(context.directory / "tokenizer")
+  return {
+    "seeds": list(config.seeds),
+    "tokenizer": language.tokenizer.fingerprint,
+    "models": {str(seed): _one(context, language, seed) for seed in config.seeds},
+  }
+
+
+def _one(context: StageContext, language: settings.Language, seed: int) -> Artifact:
+  config, directory = context.config, context.directory / f"seed{seed}"
+  responses = _responses(config, seed)
+  if settings.is_toy(config):
+    spec = transformer_spec(config.base.model, language.tokenizer.vocab_size, config.data.max_length)
+    method = next_token_method(spec, name="base")
+  else:
+    checkpoint = open_checkpoint(config.base.checkpoint)
+    spec, params = checkpoint.spec, checkpoint.network.params
+    if responses is None:
+      return _saved(context, directory, spec, params, language, {})
+    method = next_token_method(full_policy(spec, params), name="base")
+  encoded = encode_responses(responses, language.format, settings.length_limits(config))
+  training = training_config(config.base.train, seed)
+  batches = padded_batches(
+    encoded.examples, training.batch_size, settings.encoded_lengths(config), seed=training.seed
+  )
+  result = train(training, method, batches, workdir=directory)
+  return _saved(context, directory, spec, result.state.params, language, result.summary)
+
+
+def _responses(config: Any, seed: int) -> list[Response] | None:
+  """Returns what the model is trained on first, None where it is taken as it is."""
+  if settings.is_toy(config):
+    return list(
+      settings.world_of(config).corpus(config.base.examples, config.seed + seed, settings.lift_spec(config))
+    )
+  if not config.base.responses:
+    return None
+  lines = read_json_lines(pathlib.Path(config.base.responses), RESPONSES_SCHEMA, Quarantine())
+  return [Response(each["id"], freeze_prompt(each["prompt"]), each["response"]) for _, each in lines]
+
+
+def _saved(
+  context: StageContext,
+  directory: pathlib.Path,
+  spec: Any,
+  params: Any,
+  language: settings.Language,
+  summary: dict,
+) -> Artifact:
+  fingerprint = save_model(directory / "model", spec, params, language.tokenizer.fingerprint)
+  return {
+    "model": context.relative(directory / "model"),
+    "directory": context.relative(directory),
+    "fingerprint": fingerprint,
+    "params": trees.count(params),
+    "summary": json.loads(json.dumps(summary, default=float)),
+  }

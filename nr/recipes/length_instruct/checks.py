@@ -1,0 +1,98 @@
+"""What can be refused before any device time is spent, by field, value and remedy."""
+
+import pathlib
+from typing import Any
+
+import jax
+
+from nr.names import unknown
+from nr.recipes.cocomix.settings import transformer_spec
+from nr.recipes.length_instruct import settings
+from nr.recipes.length_instruct.augmentation import MIXES
+from nr.training import defaults, sharding
+
+BENCHMARK_FILES = ("alpaca_eval_li", "mt_bench_li", "mt_bench_li_baselines")
+
+
+def validate(config: Any) -> None:
+  """Checks everything that can be checked without data or device.
+
+  Raises:
+    ValueError: one line with field, value and remedy.
+  """
+  if not config.seeds or len(set(config.seeds)) != len(config.seeds):
+    raise ValueError(f"seeds={config.seeds}: name at least one seed, each once, for example (0,)")
+  settings.lift_spec(config)
+  _check_arms(config)
+  for name in ("base.train", "train"):
+    section = config.base.train if name == "base.train" else config.train
+    try:
+      defaults.validate(section, sharding.mesh_sizes(section.mesh, jax.device_count()), jax.process_count())
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}") from error
+  if settings.is_toy(config):
+    _check_toy(config)
+  else:
+    _check_files(config)
+
+
+def _check_arms(config: Any) -> None:
+  for name in config.arms:
+    mix = config.arms[name].mix
+    if mix and mix not in MIXES:
+      raise ValueError(unknown(f"arms.{name}.mix", mix, MIXES) + ", or '' to leave the arm out")
+    try:
+      settings.preference_spec(config, name)
+    except ValueError as error:
+      raise ValueError(f"arms.{name}.loss: {error}") from error
+  if settings.REFERENCE_ARM in config.arms:
+    raise ValueError(
+      f"arms.{settings.REFERENCE_ARM}: this name is the model that arms begin from; choose another"
+    )
+  if not settings.arm_names(config):
+    raise ValueError("arms: every mix is empty; give at least one arm a mix, such as 'union'")
+
+
+def _check_toy(config: Any) -> None:
+  world, spec = settings.world_of(config), settings.lift_spec(config)
+  if config.data.pairs:
+    raise ValueError(
+      f"data.pairs={config.data.pairs!r}: needs base.checkpoint; without one pairs are sampled in the toy world"
+    )
+  tokenizer = world.tokenizer()
+  tokenizer.encode(spec.render(world.instructions[0], world.max_limit))
+  if world.max_words + spec.margin > world.max_limit:
+    raise ValueError(
+      f"world.max_limit={world.max_limit}: the loosest limit is world.max_words + lift.margin = "
+      f"{world.max_words + spec.margin}; raise max_limit to that"
+    )
+  needed = len(tokenizer.encode(spec.render(world.instructions[0], 1))) + world.max_words + 1
+  if config.data.max_length < needed:
+    raise ValueError(
+      f"data.max_length={config.data.max_length}: the longest text of the world has {needed} tokens"
+    )
+  for limit in config.evaluate.limits:
+    if not 1 <= limit <= world.max_limit:
+      raise ValueError(f"evaluate.limits holds {limit}: give limits in 1..world.max_limit={world.max_limit}")
+  transformer_spec(config.base.model, tokenizer.vocab_size, config.data.max_length)
+
+
+def _check_files(config: Any) -> None:
+  if not config.data.pairs:
+    raise ValueError("data.pairs='': a checkpoint needs preference pairs; name a JSON lines file of them")
+  named = {
+    "base.checkpoint": config.base.checkpoint,
+    "base.responses": config.base.responses,
+    "data.pairs": config.data.pairs,
+    **{
+      f"evaluate.{name}": config.evaluate[name]
+      for name in ("alpaca_eval_li", "mt_bench_li", "mt_bench_li_baselines")
+    },
+  }
+  for field, path in named.items():
+    if path and not pathlib.Path(path).expanduser().exists():
+      raise ValueError(f"{field}={path!r}: no such file or folder")
+  if not (config.evaluate.alpaca_eval_li or config.evaluate.mt_bench_li):
+    raise ValueError(
+      "evaluate.alpaca_eval_li='': name at least one benchmark file, there is nothing to measure on"
+    )

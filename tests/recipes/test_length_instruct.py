@@ -1,0 +1,181 @@
+"""The recipe's config, its refusals, the toy world, and the report's words."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from configs import length_instruct as configs
+from nr.recipes import length_instruct
+from nr.recipes.length_instruct import report, report_text, settings
+from nr.recipes.length_instruct.toy import World
+
+
+def config_of(variant="tiny", **changes):
+  config = configs.get_config(variant)
+  with config.unlocked():
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  return config
+
+
+@pytest.mark.parametrize("variant", ["tiny", "seeds", "miniature"])
+def test_variants_are_valid(variant):
+  config = config_of(variant)
+  length_instruct.validate(config)
+  names = [stage.name for stage in length_instruct.stages(config)]
+  assert names == ["base", "pairs", "augment", "arms", "evaluate", "report"]
+  assert len(config.seeds) == (5 if variant == "seeds" else 1)
+
+
+def test_the_paper_s_variant_asks_for_what_it_needs(tmp_path):
+  config = config_of("paper")
+  assert (
+    config.lift.template == "Answer the following instruction using {limit} words or less.\n\n{instruction}"
+  )
+  assert (config.lift.min_difference, config.lift.margin, config.lift.counter) == (10, 10, "words")
+  path = tmp_path / "file"
+  path.write_text("")
+  config.base.checkpoint = str(path)
+  with pytest.raises(ValueError, match="data.pairs"):
+    length_instruct.validate(config)
+  config.data.pairs = str(path)
+  with pytest.raises(ValueError, match="evaluate.alpaca_eval_li"):
+    length_instruct.validate(config)
+  config.evaluate.alpaca_eval_li = str(path)
+  length_instruct.validate(config)
+  config.evaluate.mt_bench_li = str(tmp_path / "none")
+  with pytest.raises(ValueError, match="evaluate.mt_bench_li=.*no such file"):
+    length_instruct.validate(config)
+
+
+@pytest.mark.parametrize(
+  "changes, named",
+  [
+    (dict(seeds=()), "seeds"),
+    (dict(seeds=(0, 0)), "seeds"),
+    (dict(lift__template="no slot"), "template"),
+    (dict(arms__dpo__mix="both"), "arms.dpo.mix"),
+    (dict(arms__dpo__loss__beta=0.0), "arms.dpo.loss: beta"),
+    (dict(train__batch_size=0), "train: training.batch_size"),
+    (dict(data__pairs="x.jsonl"), "data.pairs"),
+    (dict(data__max_length=10), "data.max_length"),
+    (dict(world__max_limit=15), "world.max_limit"),
+    (dict(world__relevant=24), "world.relevant"),
+    (dict(evaluate__limits=(0,)), "evaluate.limits"),
+    (dict(lift__template="at most {limit} {instruction}"), "'at'"),
+  ],
+)
+def test_mistakes_are_named(changes, named):
+  with pytest.raises(ValueError, match=named):
+    length_instruct.validate(config_of(**changes))
+
+
+def test_arms_can_be_left_out():
+  config = config_of("miniature")
+  assert settings.arm_names(config) == ["dpo", "r_dpo_large", "lift"]
+  assert settings.encoded_lengths(config_of("paper")) == (32, 64, 128, 256, 512, 1024, 2048)
+  assert settings.encoded_lengths(config) == (config.data.max_length,)
+
+
+def test_the_world_s_answers_have_its_statistics():
+  world, spec = World(), settings.lift_spec(config_of())
+  corpus = list(world.corpus(3000, 0, spec))
+  lengths = np.array([len(each.response.split(" ")) for each in corpus])
+  assert abs(lengths.mean() - 8) < 0.25 and abs(lengths.std() - 3) < 0.25 and lengths.max() <= world.max_words
+  limited = [each for each in corpus if each.prompt.startswith("limit_")]
+  assert abs(len(limited) / 3000 - 0.05) < 4 * math.sqrt(0.05 * 0.95 / 3000)
+  limits = np.array([int(each.prompt.split(" ")[0].removeprefix("limit_")) for each in limited])
+  # The limits mean nothing.
+  own = np.array([len(each.response.split(" ")) for each in limited])
+  assert abs(np.corrcoef(limits, own)[0, 1]) < 4 / math.sqrt(len(limited))
+  tokenizer = world.tokenizer()
+  assert all(tokenizer.decode(tokenizer.encode(each.response)) == each.response for each in corpus[:50])
+  assert corpus[:5] == list(world.corpus(5, 0, spec)) and corpus[:5] != list(world.corpus(5, 1, spec))
+
+
+def test_quality_counts_different_words_of_the_topic():
+  world = World()
+  own = world.relevant_words(2)
+  others = [word for word in world.words if word not in own]
+  response = " ".join([own[0], own[0], own[3], others[0]])
+  assert world.quality("topic_2 :", response) == 2 and world.quality("limit_3 topic_2 :", response) == 2
+  assert world.quality("topic_2 :", "") == 0
+  assert world.qualities(["topic_2 :"], [response]) == [2.0]
+
+
+def run_of(violation, words=5.0, quality=2.0):
+  part = {
+    "violation": violation,
+    "words": words,
+    "quality": quality,
+    "violation_ci95": [0, 1],
+    "mean_limit": 7.0,
+  }
+  return {
+    "limited": part, "unlimited": part, "scaled": {"0.5": part}, "by_limit": {"3": part, "4": part},
+    "benchmark": {"violation": violation, "win": 1 - violation, "words": words},
+  }  # fmt: skip
+
+
+def fake_report(seeds=(0, 1, 2)):
+  violations = {"sft": 0.5, "dpo": 0.7, "r_dpo_small": 0.65, "r_dpo_large": 0.6, "lift": 0.01}
+  words = {"sft": 8.0, "dpo": 9.0, "r_dpo_small": 8.5, "r_dpo_large": 8.1, "lift": 9.0}
+  runs = {
+    f"{arm}_seed{seed}": {"arm": arm, "seed": seed, **run_of(value + 0.01 * seed, words[arm])}
+    for arm, value in violations.items()
+    for seed in seeds
+  }
+  content = {"runs": runs, "seeds": list(seeds), "arms": list(violations)}
+  content["table"] = {arm: report._row(content, arm) for arm in violations}
+  content["curves"] = {arm: report._by_limit(content, arm) for arm in violations}
+  return content
+
+
+def test_findings_are_checked_and_intervals_are_over_seeds():
+  content = fake_report()
+  assert set(report.checks(content["table"]).values()) == {True}
+  interval = content["table"]["dpo"]["violation"]
+  assert interval["estimate"] == pytest.approx(0.71)
+  assert 0.7 - 1e-9 <= interval["low"] < 0.71 < interval["high"] <= 0.72 + 1e-9
+  for arm, change, finding in (
+    ("lift", {"violation": 0.2}, "LIFT follows limits"),
+    ("dpo", {"violation": 0.4}, "DPO makes it worse"),
+    ("lift", {"free_quality": 1.8}, "LIFT loses no quality"),
+    ("r_dpo_large", {"free_words": 9.5}, "R-DPO shortens"),
+  ):
+    table = {name: dict(row) for name, row in content["table"].items()}
+    for name, value in change.items():
+      table[arm][name] = {"estimate": value}
+    broken = [name for name, held in report.checks(table).items() if held is False]
+    assert any(name.startswith(finding) for name in broken), finding
+  del content["table"]["r_dpo_small"]
+  assert report.checks(content["table"])["R-DPO cannot follow limits (above 0.4)"] is None
+  single = fake_report(seeds=(0,))["table"]["dpo"]["violation"]
+  assert report_text.cell(single) == "0.70" and report_text.cell(None) == "-"
+  assert report_text.cell(interval) == "0.71 (0.70 to 0.72)"
+
+
+@pytest.mark.slow
+def test_a_miniature_from_pairs_to_report(tmp_path):
+  from nr import main
+
+  config = config_of("miniature")
+  artifacts = main.run(config, tmp_path)
+  content = json.loads((tmp_path / "report.json").read_text())
+  assert set(content["table"]) == {"sft", "dpo", "r_dpo_large", "lift"}
+  for row in content["table"].values():
+    assert 0 <= row["violation"]["estimate"] <= 1 and row["free_quality"]["estimate"] >= 0
+  pairs, limited = content["pairs"]["0"], content["limited_pairs"]["0"]
+  assert limited["limited"] == pairs["limited"] == 2 * pairs["kept"] and limited["swaps"] == pairs["swaps"]
+  text = (tmp_path / "report.md").read_text()
+  assert "LIFT, D plus D'" in text and "words_by_limit.png" in text
+  assert all((tmp_path / plot).is_file() for plot in content["plots"]) and len(content["plots"]) == 4
+  answers = [json.loads(line) for line in (tmp_path / "evaluate/lift_seed0/limited.jsonl").open()]
+  assert len(answers) == 3 * 2 * 2 and {"prompt", "limit", "answer", "words", "is_violation"} <= set(
+    answers[0]
+  )
+  # A second call finds everything done.
+  assert main.run(config, tmp_path) == artifacts
+  assert jax.device_count() == 8

@@ -42,6 +42,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
   config.data = ConfigDict(
     {
       "pairs": "",  # JSON lines of preference pairs (nr.data.preferences); "": sampled in the toy world
+      "chat_template": "",  # of a checkpoint: "own", a built-in name (nr.chat_templates), or "" for plain text
       "prompts_per_topic": 250,  # two answers each
       "max_length": 20,  # tokens of a prompt with its response; longer examples are left out
     }

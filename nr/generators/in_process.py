@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
+from nr.data.examples import LeftOut, TextFormat
 from nr.generation.constraints.stop_strings import cut_text
 from nr.generation.decoding import SMALLEST_BUCKET, pad_prompts
 from nr.generation.language_models import LanguageModel
@@ -49,6 +50,8 @@ class InProcess:
     tokenizer: its tokenizer.
     end_ids: token ids that end a text; None: the tokenizer's end of text. (): none does.
     begin_ids: token ids in front of every prompt that is no chat.
+    format: how prompts become tokens, text and chats alike, in place of `begin_ids` and the
+      tokenizer's template: give what the model was trained with (`nr.data.examples`).
     name: of the generator, for reports.
     model: fingerprint of the parameters, recorded with every sample.
     batch_size: most rows (prompts times samples) decoded together; a prompt with more
@@ -67,6 +70,7 @@ class InProcess:
     *,
     end_ids: Sequence[int] | None = None,
     begin_ids: Sequence[int] = (),
+    format: TextFormat | None = None,
     name: str = "in_process",
     model: str = "",
     batch_size: int = 64,
@@ -78,7 +82,7 @@ class InProcess:
     self.network, self.tokenizer, self.name, self.model = network, tokenizer, name, model
     self.end_ids = (tokenizer.end_of_text_id,) if end_ids is None else tuple(map(int, end_ids))
     self.begin_ids = tuple(map(int, begin_ids))
-    self.batch_size, self.law, self.mesh = batch_size, law, mesh
+    self.format, self.batch_size, self.law, self.mesh = format, batch_size, law, mesh
     self._strings: dict[tuple[str, ...], Any] = {}
 
   @classmethod
@@ -112,7 +116,11 @@ class InProcess:
 
     Raises:
       ValueError: a chat for a tokenizer without a template; text it cannot spell.
+      LeftOut: text that the format refuses.
     """
+    if self.format is not None:
+      turns = prompt if isinstance(prompt, str) else tuple(turn._asdict() for turn in prompt)
+      return self.format.encode_prompt(turns)
     if isinstance(prompt, str):
       return [*self.begin_ids, *self.tokenizer.encode(prompt)] or [self.tokenizer.end_of_text_id]
     if not hasattr(self.tokenizer, "render_chat"):
@@ -134,12 +142,13 @@ class InProcess:
     groups: dict[Any, list[_Work]] = {}
     refused: list[tuple[Request, str]] = []
     for request in check_requests(requests):
-      work = _Work(request, self.encode(request.prompt), chain(self.law, parsed_chain(request.chain)))
-      problem = self._problem(work)
-      if problem:
-        refused.append((request, problem))
-      else:
+      law = chain(self.law, parsed_chain(request.chain))
+      try:
+        work = _Work(request, self.encode(request.prompt), law)
+        self._check_room(work)
         groups.setdefault(self._program(work), []).append(work)
+      except LeftOut as reason:
+        refused.append((request, str(reason)))
     for request, problem in refused:
       yield from (failed(request, index, self.model, problem) for index in range(request.num_samples))
     for (_, num_samples, _, length, new_tokens, _), works in groups.items():
@@ -147,14 +156,13 @@ class InProcess:
       for start in range(0, len(works), count):
         yield from self._decode(works[start : start + count], count, length, new_tokens)
 
-  def _problem(self, work: _Work) -> str | None:
+  def _check_room(self, work: _Work) -> None:
     needed, most = len(work.ids) + work.request.max_new_tokens - 1, self.network.max_length
     if most is not None and needed > most:
-      return (
+      raise LeftOut(
         f"its prompt of {len(work.ids)} tokens and max_new_tokens={work.request.max_new_tokens} need "
         f"{needed} positions, the model has {most}"
       )
-    return None
 
   def _program(self, work: _Work) -> tuple:
     """Returns what requests must share to be decoded together."""

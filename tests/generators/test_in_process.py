@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nr.data.examples import LeftOut, PlainText
 from nr.data.word_tokenizer import WordTokenizer
 from nr.generation import rows
 from nr.generation.decoding import pad_prompts
@@ -143,6 +144,25 @@ def test_chats_need_a_template():
   (found,) = generator.generate([chat])
   (same,) = generator.generate([Request("a", "w0 w1 w2", max_new_tokens=4)])
   assert found.tokens == same.tokens
+
+
+def test_a_format_decides_how_prompts_begin():
+  class Refusing(PlainText):
+    def encode_prompt(self, prompt):
+      if prompt == "w9":
+        raise LeftOut("content spells a special token")
+      return super().encode_prompt(prompt)
+
+  words = WordTokenizer(WORDS)
+  generator = InProcess(toy.tiny_network(), words, format=Refusing(words, (5,)))
+  plain = InProcess(toy.tiny_network(), words, begin_ids=(5,))
+  asked = requests(2)
+  assert [each.tokens for each in generator.generate(asked)] == [
+    each.tokens for each in plain.generate(asked)
+  ]
+  both = [Request("a", "w9"), asked[0]]
+  refused, fine = samples_by_request(both, generator.generate(both))
+  assert refused[0].error == "content spells a special token" and fine[0].error is None
 
 
 def test_what_does_not_fit_fails_alone():

@@ -17,7 +17,7 @@ from nr.training.preference import preference_method
 
 def run(context: StageContext) -> Artifact:
   """Trains every arm of every seed; those that finished earlier are not trained again."""
-  config, language = context.config, settings.language_of(context.config)
+  config, language = context.config, settings.language_of(context)
   runs: dict[str, Any] = {}
   for seed in config.seeds:
     plain = read_pairs(context.path(context.inputs["pairs"]["files"][str(seed)]["path"]))

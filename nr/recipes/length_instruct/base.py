@@ -13,7 +13,7 @@ from nr.data.example_batches import padded_batches
 from nr.data.examples import Response, encode_responses
 from nr.data.json_lines import read_json_lines
 from nr.data.preferences import freeze_prompt
-from nr.generators.checkpoints import open_checkpoint
+from nr.generators.checkpoints import Checkpoint, open_checkpoint
 from nr.recipes.cocomix.settings import training_config, transformer_spec
 from nr.recipes.length_instruct import settings
 from nr.recipes.stages import Artifact, StageContext
@@ -29,23 +29,29 @@ RESPONSES_SCHEMA = {"id": "str", "prompt": "object", "response": "str"}
 def run(context: StageContext) -> Artifact:
   """Trains or copies the model of every seed."""
   config = context.config
-  language = settings.language_of(config)
+  checkpoint = None if settings.is_toy(config) else open_checkpoint(config.base.checkpoint)
+  toy = checkpoint is None
+  language = settings.toy_language(config) if toy else settings.checkpoint_language(config, checkpoint)
   language.tokenizer.save(context.directory / "tokenizer")
   return {
     "seeds": list(config.seeds),
     "tokenizer": language.tokenizer.fingerprint,
-    "models": {str(seed): _one(context, language, seed) for seed in config.seeds},
+    "tokenizer_folder": context.relative(context.directory / "tokenizer"),
+    "begin_ids": list(language.begin_ids),
+    "end_ids": list(language.end_ids),
+    "models": {str(seed): _one(context, language, checkpoint, seed) for seed in config.seeds},
   }
 
 
-def _one(context: StageContext, language: settings.Language, seed: int) -> Artifact:
+def _one(
+  context: StageContext, language: settings.Language, checkpoint: Checkpoint | None, seed: int
+) -> Artifact:
   config, directory = context.config, context.directory / f"seed{seed}"
   responses = _responses(config, seed)
-  if settings.is_toy(config):
+  if checkpoint is None:
     spec = transformer_spec(config.base.model, language.tokenizer.vocab_size, config.data.max_length)
     method = next_token_method(spec, name="base")
   else:
-    checkpoint = open_checkpoint(config.base.checkpoint)
     spec, params = checkpoint.spec, checkpoint.network.params
     if responses is None:
       return _saved(context, directory, spec, params, language, {})

@@ -30,7 +30,7 @@ BASELINE_ANSWERS = 3
 
 def run(context: StageContext) -> Artifact:
   """Measures the base model and every arm of every seed."""
-  config, language = context.config, settings.language_of(context.config)
+  config, language = context.config, settings.language_of(context)
   runs: dict[str, Any] = {}
   for seed in config.seeds:
     base = context.inputs["base"]["models"][str(seed)]

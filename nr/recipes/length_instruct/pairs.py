@@ -12,7 +12,7 @@ from nr.recipes.stages import Artifact, StageContext
 
 def run_pairs(context: StageContext) -> Artifact:
   """Samples and judges pairs of the toy world, or takes the given ones; one file a seed."""
-  config, language = context.config, settings.language_of(context.config)
+  config, language = context.config, settings.language_of(context)
   files = {}
   for seed in config.seeds:
     counts: dict[str, int] = {}

@@ -2,8 +2,10 @@
 
 from typing import Any, NamedTuple
 
+from nr.data.chat import ChatFormat, ChatTemplate, ChatTokenizer, load_chat_template
 from nr.data.examples import LengthLimits, PlainText, TextFormat
-from nr.generators.checkpoints import make_network, open_checkpoint
+from nr.data.tokenizers import load_tokenizer
+from nr.generators.checkpoints import Checkpoint, make_network
 from nr.generators.in_process import InProcess
 from nr.objectives.preference import PreferenceSpec
 from nr.recipes.length_instruct.augmentation import LiftSpec
@@ -15,14 +17,17 @@ ARMS = ("dpo", "r_dpo_small", "r_dpo_large", "lift_augmented_only", "lift", "lif
 REFERENCE_ARM = "sft"
 """The model that every arm begins from, measured like an arm."""
 
+OWN_TEMPLATE = "own"
+"""Value of `data.chat_template` for the template in the checkpoint's folder."""
+
 
 class Language(NamedTuple):
   """How a model's texts become tokens.
 
   Attributes:
     tokenizer: of the model.
-    format: prompts and responses to ids.
-    begin_ids: in front of prompts.
+    format: prompts and responses to ids, the same for training and for answering.
+    begin_ids: in front of prompts that are plain text.
     end_ids: that end a text.
   """
 
@@ -71,14 +76,42 @@ def encoded_lengths(config: Any) -> tuple[int, ...]:
   return (*shorter, longest)
 
 
-def language_of(config: Any) -> Language:
-  """Returns the tokenizer of the run with what belongs to it."""
+def toy_language(config: Any) -> Language:
+  """Returns the language of the toy world."""
+  tokenizer = world_of(config).tokenizer()
+  return Language(tokenizer, PlainText(tokenizer), (), (tokenizer.end_of_text_id,))
+
+
+def checkpoint_language(config: Any, checkpoint: Checkpoint) -> Language:
+  """Returns the language of a checkpoint: its tokenizer, with a chat template where the config names one.
+
+  Raises:
+    DataError: a template that is not there, or that the tokenizer cannot write.
+  """
+  tokenizer, name = checkpoint.tokenizer, config.data.chat_template
+  if name:
+    template = (
+      load_chat_template(config.base.checkpoint) if name == OWN_TEMPLATE else ChatTemplate.named(name)
+    )
+    tokenizer = ChatTokenizer(tokenizer, template)
+  return _language(config, tokenizer, checkpoint.begin_ids, checkpoint.end_ids)
+
+
+def language_of(context: StageContext) -> Language:
+  """Returns the language that stage `base` has kept with its models."""
+  config, base = context.config, context.inputs["base"]
   if is_toy(config):
-    tokenizer = world_of(config).tokenizer()
-    return Language(tokenizer, PlainText(tokenizer), (), (tokenizer.end_of_text_id,))
-  checkpoint = open_checkpoint(config.base.checkpoint)
-  tokenizer, begin, ends = checkpoint.tokenizer, checkpoint.begin_ids, checkpoint.end_ids
-  return Language(tokenizer, PlainText(tokenizer, begin), begin, ends)
+    return toy_language(config)
+  folder = context.path(base["tokenizer_folder"])
+  tokenizer = load_tokenizer(folder)
+  if config.data.chat_template:
+    tokenizer = ChatTokenizer(tokenizer, load_chat_template(folder))
+  return _language(config, tokenizer, tuple(base["begin_ids"]), tuple(base["end_ids"]))
+
+
+def _language(config: Any, tokenizer: Any, begin_ids: tuple[int, ...], end_ids: tuple[int, ...]) -> Language:
+  format = ChatFormat(tokenizer) if config.data.chat_template else PlainText(tokenizer, begin_ids)
+  return Language(tokenizer, format, begin_ids, tuple(dict.fromkeys([*end_ids, format.end_id])))
 
 
 def open_model(context: StageContext, artifact: dict[str, Any]) -> tuple[Any, Any]:
@@ -92,7 +125,7 @@ def make_generator(config: Any, spec: Any, params: Any, language: Language, mode
   return InProcess(
     make_network(spec, params),
     language.tokenizer,
-    begin_ids=language.begin_ids,
+    format=language.format,
     end_ids=language.end_ids,
     model=model,
     batch_size=config.evaluate.batch_size,

@@ -16,6 +16,7 @@ that was killed finds them again.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import pathlib
@@ -27,7 +28,7 @@ import jax
 import numpy as np
 
 from nr.data.example_batches import ExampleBatches, padded_batches
-from nr.data.examples import EncodedExample, LengthLimits, encode_pairs
+from nr.data.examples import EncodedExample, EncodingReport, LeftOut, LengthLimits, join
 from nr.data.pools import Pool, PoolSample, PoolWriter, read_pools
 from nr.data.preferences import PreferencePair
 from nr.generators.protocol import Generator, Request, Sample, samples_by_request
@@ -285,10 +286,10 @@ class RoundBatches:
       name = fingerprint(params)
       generator = self.generator.with_params(self._assemble(params, self.policy.fixed), model=name)
       pools = draw_pools(self.path(round), prompts, generator, self.judge, self.spec, round, name)
-    pairs = self.make_pairs(pools)
+    examples, report = sampled_examples(self.make_pairs(pools), self.lengths[-1])
     if params is not None:
-      self._note(round, pools, pairs, time.monotonic() - began)
-    return self._batches(round, pairs)
+      self._note(round, pools, report, time.monotonic() - began)
+    return self._batches(round, examples)
 
   def _complete_pools(self, round: int, prompts: list[PoolPrompt]) -> list[Pool]:
     path = self.path(round)
@@ -300,15 +301,15 @@ class RoundBatches:
       )
     return [found[prompt.id] for prompt in prompts]
 
-  def _batches(self, round: int, pairs: list[PreferencePair]) -> Iterator[Batch]:
-    batches = example_batches(pairs, self.batch_size, self.lengths, self._seed(round), self.spec.is_repeated)
-    given = 0
-    for batch in batches:
-      if given == self.spec.steps_per_round:
-        return
-      given += 1
-      yield batch
-    for _ in range(given, self.spec.steps_per_round):
+  def _batches(self, round: int, examples: list[EncodedExample]) -> Iterator[Batch]:
+    given, steps = 0, self.spec.steps_per_round
+    if examples:
+      epochs = None if self.spec.is_repeated else 1
+      batches = padded_batches(examples, self.batch_size, self.lengths, self._seed(round), epochs)
+      for batch in itertools.islice(batches, steps):
+        given += 1
+        yield batch
+    for _ in range(given, steps):
       yield empty_batch(self.batch_size, self.lengths[-1])
 
   def _seed(self, round: int) -> int | None:
@@ -316,7 +317,7 @@ class RoundBatches:
       return None
     return int(np.random.SeedSequence([self.spec.seed, round]).generate_state(1)[0])
 
-  def _note(self, round: int, pools: list[Pool], pairs: list[PreferencePair], seconds: float) -> None:
+  def _note(self, round: int, pools: list[Pool], report: EncodingReport, seconds: float) -> None:
     """Appends what a round came to; a round that was drawn again after a kill is noted again."""
     samples = [sample for pool in pools for sample in pool.samples]
     scores = [sample.score for sample in samples if sample.score is not None]
@@ -328,7 +329,8 @@ class RoundBatches:
       "unscored": len(samples) - len(scores),
       "mean_score": float(np.mean(scores)) if scores else None,
       "mean_tokens": float(np.mean(lengths)) if lengths else None,
-      "pairs": len(pairs),
+      "pairs": report.kept,
+      "left_out": {reason: len(ids) for reason, ids in report.dropped.items()},
       "seconds": float(np.round(seconds, 3)),
     }
     with open(self.directory / "rounds.jsonl", "a", encoding="utf-8") as stream:
@@ -336,39 +338,35 @@ class RoundBatches:
 
 
 class _SampledText:
-  """The format of pairs that come as tokens: nothing is encoded."""
+  """The format of pairs that come as tokens: nothing is encoded, and shortening may take any prompt token."""
 
   begin_ids: tuple[int, ...] = ()
   end_id = -1
 
-  def encode_prompt(self, prompt: Any) -> list[int]:
-    raise ValueError("pairs of a round carry prompt_tokens: make_pairs must copy them from the pool")
 
-  encode_response = encode_prompt
-
-
-def example_batches(
-  pairs: Sequence[PreferencePair],
-  batch_size: int,
-  lengths: Sequence[int],
-  seed: int | None,
-  is_repeated: bool,
-) -> Iterator[Batch]:
-  """Yields batches of sampled pairs; none when no pair can be used.
+def sampled_examples(
+  pairs: Sequence[PreferencePair], max_length: int
+) -> tuple[list[EncodedExample], EncodingReport]:
+  """Returns pairs that were sampled as examples, and the report of those that were left out.
 
   Args:
     pairs: with prompt_tokens, chosen_tokens and rejected_tokens.
-    batch_size: pairs a batch.
-    lengths: lengths that a batch may have.
-    seed: decides the order; None keeps that of the pairs.
-    is_repeated: go on for ever.
+    max_length: most tokens of a prompt with a response. Oldest prompt tokens are cut off;
+      a pair whose responses alone do not fit, or are equal or empty, is left out.
   """
-  usable = [pair for pair in pairs if pair.chosen_tokens != pair.rejected_tokens]
-  if not usable:
-    return
-  limits = LengthLimits(max_length=lengths[-1], when_long="truncate_prompt")
-  examples = encode_pairs(usable, _SampledText(), limits).examples
-  yield from padded_batches(examples, batch_size, lengths, seed, None if is_repeated else 1)
+  report, limits, examples = EncodingReport(total=len(pairs)), LengthLimits(max_length), []
+  for pair in pairs:
+    sides = [list(pair.chosen_tokens), list(pair.rejected_tokens)]
+    try:
+      if sides[0] == sides[1]:
+        raise LeftOut("identical responses")
+      examples.append(
+        join(pair.id, list(pair.prompt_tokens), sides, pair.weight, _SampledText(), limits, report)
+      )
+    except LeftOut as reason:
+      report.dropped[str(reason)].append(pair.id)
+  report.kept = len(examples)
+  return examples, report
 
 
 def empty_batch(batch_size: int, length: int) -> Batch:

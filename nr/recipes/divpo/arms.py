@@ -1,0 +1,72 @@
+"""Stage `arms`: every arm trains on the pools that it draws itself; one training of each a seed."""
+
+import functools
+import json
+from typing import Any
+
+from nr.recipes.cocomix.settings import training_config
+from nr.recipes.divpo import settings
+from nr.recipes.divpo.pairs import make_pairs
+from nr.recipes.sampling_rounds import RoundBatches
+from nr.recipes.stages import Artifact, StageContext
+from nr.training.loop import train
+from nr.training.model_files import load_model, save_model
+from nr.training.preference import preference_method
+
+
+def run(context: StageContext) -> Artifact:
+  """Trains every arm of every seed; those that finished earlier are not trained again."""
+  config, language = context.config, settings.language_of(context.config)
+  runs = {
+    run_name(arm, seed): {"arm": arm, "seed": seed, **_train(context, language, arm, seed)}
+    for seed in config.seeds
+    for arm in settings.arm_names(config)
+  }
+  return {"runs": runs, "arms": settings.arm_names(config), "seeds": list(config.seeds)}
+
+
+def run_name(arm: str, seed: int) -> str:
+  """Returns the folder name of one training."""
+  return f"{arm}_seed{seed}"
+
+
+def _train(context: StageContext, language: settings.Language, arm: str, seed: int) -> Artifact:
+  config, directory = context.config, context.directory / run_name(arm, seed)
+  base = load_model(context.path(context.inputs["base"]["models"][str(seed)]["model"]))
+  task, section = settings.task_of(config), config.arms[arm]
+  policy = settings.make_policy(config, base.spec, base.params, seed)
+  reference = dict(reference="base") if policy.base is not None else {}
+  if section.sync_reference_every:
+    reference = dict(reference="synced", sync_every=section.sync_reference_every)
+  method = preference_method(policy, settings.preference_spec(config, arm), name=arm, **reference)
+  training = training_config(config.train, config.seed + seed)
+  rounds = RoundBatches(
+    directory / "rounds",
+    policy,
+    settings.make_generator(config, base.spec, base.params, language, base.fingerprint),
+    task.judge(),
+    task.prompts(),
+    functools.partial(
+      make_pairs, spec=settings.selection_spec(config, arm), task=task, seed=config.seed + seed
+    ),
+    settings.round_spec(config, arm, seed),
+    training.batch_size,
+    (config.sampling.max_length,),
+  )
+  result = train(training, method, rounds, workdir=directory, metadata={"arm": arm})
+  params = settings.whole_params(config, policy, result.state.params)
+  fingerprint = save_model(directory / "model", base.spec, params, language.tokenizer.fingerprint)
+  return {
+    "model": context.relative(directory / "model"),
+    "directory": context.relative(directory),
+    "fingerprint": fingerprint,
+    "rounds": read_rounds(directory),
+    "summary": json.loads(json.dumps(result.summary, default=float)),
+  }
+
+
+def read_rounds(directory: Any) -> list[dict[str, Any]]:
+  """Returns what every round came to, the latest note of each."""
+  lines = (directory / "rounds" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+  by_round = {row["round"]: row for row in map(json.loads, lines)}
+  return [by_round[round] for round in sorted(by_round)]

@@ -24,6 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nr.models.weights import is_stand_in
+
 LARGEST_CODE = {8: 127, 4: 7}
 TABLES = ("token_embedding", "unembedding")
 # Axes of a kernel that a product sums over, from the end, so that stacked layers do not
@@ -194,6 +196,8 @@ def quantize_weights(params: Mapping, bits: int = 8, *, group_size: int | None =
       return {name: visit(child, (*path, name)) for name, child in node.items()}
     if isinstance(node, QuantizedWeight):
       raise ValueError(f"params{list(path)} is quantised already: quantise the weights as they were trained")
+    if is_stand_in(node):
+      raise ValueError(f"params{list(path)} carries an adapter: quantise the weights under it, then attach it")
     summed_axes = _summed_axes(path)
     return node if summed_axes is None else quantize(node, bits, summed_axes, group_size)
 

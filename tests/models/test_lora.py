@@ -131,6 +131,19 @@ def test_scan_equals_unroll_from_the_start():
   np.testing.assert_allclose(one, two, atol=1e-5)
 
 
+def test_an_attached_tree_changes_layout_as_any_other():
+  _, params = make("scan")
+  unrolled, _ = make("unroll")
+  attached = attach(params, adapter_of(params), ALL)
+  apart = parameters.unstack_layers(attached)
+  assert isinstance(apart["blocks"][1]["mlp"]["up"]["kernel"], LowRank)
+  expected = logits(make("scan")[0], attached)
+  np.testing.assert_allclose(logits(unrolled, apart), expected, atol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, parameters.stack_layers(apart), attached)
+  with pytest.raises(ValueError, match="carries an adapter"):
+    quantize_weights(attached)
+
+
 def test_the_spread_of_a_is_that_of_peft():
   _, params = make(family="llama")
   for init, std in (("kaiming", lambda n: (3 * n) ** -0.5), ("normal", lambda n: 1 / 64)):

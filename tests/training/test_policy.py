@@ -6,18 +6,23 @@ import jax
 import numpy as np
 import pytest
 
-from nr.data.example_batches import packed_batches
-from nr.data.examples import LengthLimits, PlainText, Response, encode_responses
+from nr.data.example_batches import packed_batches, padded_batches
+from nr.data.examples import LengthLimits, PlainText, Response, encode_pairs, encode_responses
+from nr.data.preferences import PreferencePair
+from nr.generation.language_models import Network
+from nr.generation.sample import sample
 from nr.models import parameters
 from nr.models.lora import ATTENTION, MLP, UNEMBEDDING, LoraSpec, count_parameters, merge
 from nr.models.transformer import TransformerSpec
 from nr.models.weight_quantization import quantize_weights
+from nr.objectives.preference import PreferenceSpec
 from nr.training import sharding
 from nr.training.checkpoints import tree_hash
 from nr.training.loop import train
 from nr.training.model_files import build_model
 from nr.training.next_token import next_token_method
 from nr.training.policy import full_policy, lora_policy, new_policy
+from nr.training.preference import preference_method
 from nr.training.state import place_frozen
 from tests.data.byte_tokenizer import ByteTokenizer
 from tests.training import method_suite
@@ -26,6 +31,8 @@ SPEC = TransformerSpec.llama(
   vocab_size=264, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=4, mlp_dim=32, max_length=64
 )
 LORA = LoraSpec(rank=4, alpha=8.0)
+# With small frozen heads, logits are bounded: an adapter of the head too can learn anything.
+EVERYWHERE = LoraSpec(rank=4, alpha=8.0, targets=(ATTENTION, MLP, UNEMBEDDING))
 
 
 def base(seed=0, spec=SPEC):
@@ -57,8 +64,7 @@ def test_fine_tuning_an_adapter_passes_the_suite(tmp_path):
 
 def test_training_an_adapter_learns_and_leaves_the_base_alone(tmp_path):
   params = base()
-  lora = LoraSpec(rank=4, alpha=8.0, targets=(ATTENTION, MLP, UNEMBEDDING))
-  policy = adapted(params, lora=lora)
+  policy = adapted(params, lora=EVERYWHERE)
   config = method_suite.tiny_config(
     next(iter(data())), steps=30, optimizer__learning_rate=0.05, schedule__name="constant", mesh__data=1
   )
@@ -74,7 +80,9 @@ def test_training_an_adapter_learns_and_leaves_the_base_alone(tmp_path):
   tokens = next(iter(data()))["tokens"]
   apply = jax.jit(lambda params: parameters.merge(policy.graphdef, params)(tokens))
   attached = apply(policy.assemble(result.state.params, policy.fixed))
-  np.testing.assert_allclose(apply(merge(params, result.state.params, lora)), attached, atol=1e-4, rtol=1e-5)
+  np.testing.assert_allclose(
+    apply(merge(params, result.state.params, EVERYWHERE)), attached, atol=1e-4, rtol=1e-5
+  )
   assert np.abs(attached - apply(params)).max() > 0.1
 
 
@@ -117,3 +125,49 @@ def test_an_adapter_on_quantised_weights_is_the_same_on_a_mesh(bits):
   )
   with pytest.raises(ValueError, match="quantised"):
     full_policy(SPEC, params)
+
+
+def pairs(rows=8):
+  """Pairs of responses to prompts, padded."""
+  found = [
+    PreferencePair(
+      f"p{i}", "say " + "abcdefgh"[i % 8], "abcdefgh"[i % 8] * (1 + i % 5), "zyxw"[i % 4] * (1 + i % 3)
+    )
+    for i in range(16)
+  ]
+  examples = encode_pairs(found, PlainText(ByteTokenizer()), LengthLimits(16)).examples
+  return padded_batches(examples, rows, (16,), seed=0), packed_batches(examples, rows, 48, seed=0, slots=3)
+
+
+def test_an_adapter_learns_preferences_against_its_own_base(tmp_path):
+  padded, packed = pairs()
+  params = base()
+  method = preference_method(adapted(params, lora=EVERYWHERE), PreferenceSpec(beta=0.5), reference="base")
+  copied = preference_method(adapted(params, lora=EVERYWHERE), PreferenceSpec(beta=0.5), reference="frozen")
+  for batches in (padded, packed):
+    batch = next(iter(batches))
+    metrics = method_suite.first_step(method, batch)[2]
+    np.testing.assert_allclose(metrics["preference_loss"].mean(), np.log(2), atol=1e-6)
+    prepared = method_suite.prepare(method, batch)
+    moved = method_suite.gradients_and_sums(copied, batch, prepared)
+    method_suite._assert_agree(moved, prepared.reference, "base and a copied adapter at zero", 1e-5, 1e-7)
+  config = method_suite.tiny_config(
+    next(iter(padded)), steps=20, optimizer__learning_rate=0.01, schedule__name="constant", mesh__data=1
+  )
+  result = train(config, method, padded, workdir=tmp_path)
+  assert result.summary["loss"] < 0.5 * np.log(2)
+
+
+def test_a_model_with_an_adapter_is_sampled_like_the_merged_one():
+  params = base()
+  spec = dataclasses.replace(SPEC, layers="unroll")
+  policy = adapted(params, spec=spec)
+  trained = method_suite.perturbed(policy.start, scale=0.5)
+  prompts = np.array([[5, 6, 7], [9, 9, 1]], np.int32)
+
+  def greedy(params):
+    return np.asarray(sample(Network(policy.graphdef, params), prompts, max_new_tokens=12).tokens_RN)
+
+  attached = greedy(policy.assemble(trained, policy.fixed))
+  np.testing.assert_array_equal(attached, greedy(merge(policy.fixed, trained, LORA)))
+  assert (attached != greedy(policy.fixed)).any()

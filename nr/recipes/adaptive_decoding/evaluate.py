@@ -89,14 +89,16 @@ def fixed(value: float) -> str:
 def add_chosen_settings(scores: Scores, values: tuple[float, ...], counts: Mapping[str, Any]) -> None:
   """Adds arms that are one of the fixed ones, for all families or for each.
 
-  `best_single` is what the training pairs prefer; `oracle` knows the test rewards of every family.
+  `best_single` is what the training pairs prefer; `oracle` is, for every family, the one that wins most
+  against all fixed ones on the test prompts themselves.
   """
-  best = fixed(values[int(np.argmax(pairs.setting_scores(counts)))])
-  scores["best_single"] = dict(scores[best])
-  scores["oracle"] = {
-    family: max((scores[fixed(value)][family] for value in values), key=lambda found: found[..., 0].mean())
-    for family in scores[best]
-  }
+  arms = [fixed(value) for value in values]
+  best = arms[int(np.argmax(pairs.setting_scores(counts)))]
+  oracle = {}
+  for family in scores[best]:
+    rates = [np.mean([wins(scores[arm][family], scores[other][family]) for other in arms]) for arm in arms]
+    oracle[family] = scores[arms[int(np.argmax(rates))]][family]
+  scores["best_single"], scores["oracle"] = dict(scores[best]), oracle
 
 
 def pick_summary(written: Written, values: tuple[float, ...]) -> dict[str, Any]:

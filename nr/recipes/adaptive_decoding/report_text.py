@@ -25,7 +25,7 @@ NOTES = {
 def render(report: dict[str, Any]) -> str:
   """Returns the text of report.md."""
   sections = [f"# Adaptive decoding, variant `{report['variant']}`", scope(report)]
-  for name in report["evaluation"]:
+  for name in sorted(report["evaluation"], key=[*TITLES, *report["evaluation"]].index):
     sections += [f"## {TITLES.get(name, name)}", NOTES.get(name, ""), *experiment(report, name)]
   sections += ["## Run", run(report)]
   return "\n\n".join(section for section in sections if section) + "\n"
@@ -41,8 +41,9 @@ def scope(report: dict[str, Any]) -> str:
   )
   return (
     f"Toys on a tiny language model, {seeds}. Winrates are the head's share of points in percent (ties 0.5), "
-    "averaged over the tasks, with 95 % bootstrap intervals. The baselines' settings were not tuned; `oracle` "
-    "knows the test rewards and picks the best fixed setting of every task."
+    "averaged over the tasks, with 95 % bootstrap intervals. The baselines' settings were not tuned. "
+    "`best_single` is the fixed setting that the training pairs prefer; `oracle` is, for every task, the fixed "
+    "setting that wins most on the test prompts themselves."
   )
 
 

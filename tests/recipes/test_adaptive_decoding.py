@@ -1,0 +1,264 @@
+"""Adaptive decoding: tasks and rewards, pairs as arrays, the head's method, the cache, the rules compared."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nr.data.preferences import write_pairs
+from nr.generation.language_models import Network
+from nr.models import parameters
+from nr.models.adaptive_decoder import AdaptiveDecoderSpec
+from nr.models.transformer import Transformer, TransformerSpec
+from nr.objectives.latent_preference import LatentPreferenceSpec
+from nr.recipes.adaptive_decoding import evaluate, families, heads, pairs, pools, sampling, settings
+from nr.recipes.adaptive_decoding.method import latent_preference_method
+from nr.training.model_files import axes_of
+from tests.training import method_suite
+
+TAUS = (0.0, 0.5, 1.0)
+HEAD = AdaptiveDecoderSpec(16, 3, hidden_dim=8)
+GPT2 = TransformerSpec.gpt2(
+  vocab_size=families.TOKENIZER.vocab_size, num_layers=1, model_dim=16, num_heads=2,
+  max_length=families.LENGTH, dropout=0.0, init_std=0.3, layers="unroll",
+)  # fmt: skip
+
+
+def network():
+  return Network(*parameters.split(Transformer(GPT2, rngs=nnx.Rngs(0))))
+
+
+def ids(text):
+  return np.asarray([families.TOKENIZER.encode(text)], np.int32)
+
+
+# Tasks.
+
+
+def test_sums_are_checked_to_the_last_digit():
+  prompts = families.Prompts(ids("sums 7 8 ="), np.asarray([False]))
+  for answer, expected in (("5 2 0", 1), ("5 2 1", 0), ("5 2", 0), ("5 2 0 4", 1)):
+    tokens = ids(answer)
+    assert families.rewards("sums", prompts, tokens, np.asarray([tokens.shape[1]])).tolist() == [
+      [expected] * 2
+    ]
+  # What lies behind the end does not count.
+  ended = np.concatenate([ids("5 2"), [[families.END]], ids("0")], axis=1)
+  assert families.rewards("sums", prompts, ended, np.asarray([3]))[0, 0] == 0
+
+
+def test_words_are_counted_once_and_missing_ones_count_nothing():
+  prompts = families.Prompts(np.repeat(ids("words 1 2 ="), 2, 0), np.asarray([False, True]))
+  tokens = np.concatenate([ids("w0 w1 w0 w2 w0 w0 w0 w3"), ids("w0 w0 w0 w0 w1 w1 w1 w1")])
+  assert families.rewards("words", prompts, tokens, np.asarray([8, 5]))[:, 0].tolist() == [4 / 8, 2 / 8]
+  # Hidden: the coin decides between the share of w0 and variety, and is not in the prompt.
+  assert families.rewards("hidden", prompts, tokens, np.asarray([8, 8]))[:, 0].tolist() == [5 / 8, 2 / 8]
+
+
+def test_stories_are_scored_by_their_first_words_and_then_by_variety():
+  prompts = families.Prompts(ids("story 1 2 ="), np.asarray([False]))
+  text = "mark w0 w1 w2 w5 mark w1 w2 mark w0 w0 w0 mark w1 w2 w3"
+  found = families.rewards("story", prompts, ids(text), np.asarray([16]))
+  np.testing.assert_allclose(found, [[3 / 4, 5 / 12]])  # Different free words: w0, w1, w2, w3, mark.
+
+
+def test_training_texts_follow_their_laws():
+  texts = families.training_texts(("sums", "words", "story"), 9000, 0)
+  assert len(texts) == 9000
+  rows = {name: texts[k * 3000 : (k + 1) * 3000] for k, name in enumerate(("sums", "words", "story"))}
+  prompts = np.asarray([row["tokens"][:4] for row in rows["sums"]])
+  answers = np.asarray([row["targets"][3:6] for row in rows["sums"]])
+  right = families.rewards("sums", families.Prompts(prompts, np.zeros(3000, bool)), answers, np.full(3000, 3))
+  assert right[:, 0].mean() == pytest.approx((0.8 + 0.2 / 10) ** 3, abs=0.03)
+  words = np.asarray([row["targets"][3:11] for row in rows["words"]])
+  share = (words == families.NOUN).mean()
+  assert share == pytest.approx(1 / sum(1 / k for k in range(1, 25)), abs=0.01)
+  first = np.asarray([row["targets"][3:19:4] for row in rows["story"]])
+  assert (first == families.MARK).mean() == pytest.approx(0.6, abs=0.02)
+  for name, length in (("sums", 3), ("words", 8), ("story", 16)):
+    row = rows[name][0]
+    assert row["weights"].sum() == length + 1 and row["targets"][row["weights"] > 0][-1] == families.END
+    np.testing.assert_array_equal(row["tokens"][1:], row["targets"][:-1])
+
+
+def test_the_coin_of_hidden_is_not_in_the_prompt():
+  prompts = families.make_prompts("hidden", 4000, np.random.default_rng(0))
+  assert prompts.is_hard_P.mean() == pytest.approx(0.5, abs=0.03)
+  for value in range(10):
+    is_value = prompts.tokens_PT[:, 1] == families.DIGIT + value
+    assert prompts.is_hard_P[is_value].mean() == pytest.approx(0.5, abs=0.12)
+
+
+# Pools and pairs.
+
+
+class Section(dict):
+  """A config section that a test writes out."""
+
+  __getattr__ = dict.__getitem__
+
+
+EXPERIMENT = Section(level="sequence", action="temperature", values=TAUS, pair_rule="extremes", pair_top=2)
+
+
+def written(level, count=6, per_prompt=8):
+  prompts = families.make_prompts("words", count, np.random.default_rng(0))
+  adaptive = sampling.with_head(network(), None, len(TAUS))
+  law = pools.drawn(Section(EXPERIMENT, level=level), "sample")
+  return prompts, sampling.write(
+    adaptive, prompts.tokens_PT, key=jax.random.key(0), num_samples=per_prompt, law=law
+  )
+
+
+@pytest.mark.parametrize("level", ("sequence", "token"))
+def test_pairs_read_back_are_what_was_sampled(level, tmp_path):
+  prompts, found = written(level)
+  scores = families.rewards("words", prompts, found.tokens_RN, found.lengths_R)
+  made = pools.make_pools("words", prompts, found, scores, model="m", seed=0)
+  experiment = Section(EXPERIMENT, level=level)
+  chosen, counts = pairs.pairs_of(made, experiment, np.random.default_rng(0))
+  assert counts["prompts"] == 6 == counts["no_pair"] + counts["same_setting"] + len(chosen)
+  write_pairs(tmp_path / "pairs.jsonl", chosen)
+  arrays = pairs.read_arrays(tmp_path / "pairs.jsonl")
+  for row, pair in enumerate(chosen):
+    place = int(pair.id.partition("-")[2])
+    for side, response in enumerate((pair.chosen_tokens, pair.rejected_tokens)):
+      index = place * 8 + pair.provenance["samples"][side]
+      length = int(found.lengths_R[index])
+      is_scored = arrays.weights[row, side] > 0
+      np.testing.assert_array_equal(arrays.targets[row, side][is_scored], found.tokens_RN[index, :length])
+      np.testing.assert_array_equal(arrays.choices[row, side][is_scored], found.choices_RN[index, :length])
+      np.testing.assert_array_equal(arrays.tokens[row, side, :4], prompts.tokens_PT[place])
+      # Position 3, the prompt's last token, predicts the first word and owns its temperature.
+      assert np.flatnonzero(is_scored)[0] == 3 and is_scored.sum() == len(response)
+    rewards = pair.provenance["scores"]
+    assert rewards[0] == max(scores[place * 8 : place * 8 + 8, 0]) > rewards[1]
+
+
+def test_samples_of_a_prompt_do_not_depend_on_how_prompts_are_cut(monkeypatch):
+  _, whole = written("token")
+  monkeypatch.setattr(sampling, "PIECE", 4)
+  _, cut = written("token")
+  np.testing.assert_array_equal(whole.tokens_RN, cut.tokens_RN)
+  np.testing.assert_array_equal(whole.choices_RN, cut.choices_RN)
+
+
+def test_a_pair_with_one_setting_on_both_sides_is_left_out():
+  sample = dict(tokens=(20, 0), finish_reason="stop_id", details={"quality": 0.0})
+  make = pools.PoolSample
+  samples = tuple(make(index, score=1.0 - index, extras={"choices": [1, 1]}, **sample) for index in range(2))
+  pool = pools.Pool("words-0", "words 1 2 =", samples, prompt_tokens=(2, 6, 7, 5))
+  found, counts = pairs.pairs_of([pool], EXPERIMENT, np.random.default_rng(0))
+  assert found == [] and counts["same_setting"] == 1
+  found, counts = pairs.pairs_of([pool], Section(EXPERIMENT, level="token"), np.random.default_rng(0))
+  assert len(found) == 1
+
+
+# The head's method.
+
+
+def pair_batch(rows=16):
+  random = np.random.default_rng(0)
+  shape = (rows, 2, families.LENGTH)
+  tokens = random.integers(0, GPT2.vocab_size, (*shape[:2], shape[2] + 1)).astype(np.int32)
+  tokens[:, 1, :4] = tokens[:, 0, :4]  # One prompt.
+  stops = random.integers(5, families.LENGTH, shape[:2])
+  weights = ((np.arange(shape[2]) >= 3) & (np.arange(shape[2]) < stops[..., None])).astype(np.float32)
+  choices = random.integers(0, 3, shape).astype(np.int32)
+  return pairs.PairArrays(tokens[..., :-1], tokens[..., 1:], weights, choices), random.random(rows).astype(
+    np.float32
+  )
+
+
+def batch_of(spec, is_cached):
+  arrays, pair_weights = pair_batch()
+  batch = heads.pair_features(network(), arrays, spec, TAUS) if is_cached else heads.without_features(arrays)
+  return {**batch, "pair_weights": pair_weights}
+
+
+def method_of(spec, is_cached):
+  model = None if is_cached else (network().graphdef, network().params, axes_of(GPT2))
+  return latent_preference_method(HEAD, spec, TAUS, language_model=model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("variant", "level", "is_cached"),
+  [("separate", "sequence", True), ("latent", "token", True), ("latent", "sequence", False)],
+)
+def test_method_suite(variant, level, is_cached, tmp_path):
+  spec = LatentPreferenceSpec(variant, level, beta=0.5)
+  name = f"latent_preference_{level}" if is_cached else None
+  method_suite.check_all(method_of(spec, is_cached), batch_of(spec, is_cached), tmp_path, golden=name)
+
+
+@pytest.mark.parametrize("level", ("sequence", "token"))
+@pytest.mark.parametrize("variant", ("separate", "latent", "nll"))
+def test_cached_features_give_the_same_loss_and_gradient(variant, level):
+  spec = LatentPreferenceSpec(variant, level, beta=0.5)
+  params = method_suite.perturbed(method_of(spec, True).init(jax.random.key(0)), scale=0.3)
+  found = []
+  for is_cached in (True, False):
+    method, batch = method_of(spec, is_cached), batch_of(spec, is_cached)
+
+    def loss(params, method=method, batch=batch):
+      return method.loss(params, method.frozen, (), batch, jax.random.key(0)).loss.mean()
+
+    found.append(jax.value_and_grad(loss)(params))
+  np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found[0][1], found[1][1])
+  assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found[0][1])) > 1e-3
+
+
+def test_the_frozen_model_gets_no_gradient():
+  spec = LatentPreferenceSpec("latent", "token", beta=0.5)
+  method, batch = method_of(spec, False), batch_of(spec, False)
+  params = method_suite.perturbed(method.init(jax.random.key(0)), scale=0.3)
+  slopes = jax.grad(lambda frozen: method.loss(params, frozen, (), batch, jax.random.key(0)).loss.total)(
+    method.frozen
+  )
+  jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0.0), slopes)
+
+
+# What heads are compared with.
+
+
+def test_rules_that_see_no_prompt():
+  weights = np.zeros((3, 2, 4), np.float32)
+  weights[..., 1:3] = 1
+  choices = np.zeros((3, 2, 4), np.int32)
+  choices[0, :, 1:3] = [[0, 0], [2, 2]]  # chosen lower
+  choices[1, :, 1:3] = [[2, 2], [0, 0]]  # chosen higher
+  choices[2, :, 1:3] = [[1, 1], [1, 1]]  # tie
+  arrays = pairs.PairArrays(choices, choices, weights, choices)
+  counts = {"chosen": [1.0, 5.0, 9.0], "rejected": [9.0, 5.0, 1.0]}
+  found = heads.baseline_accuracies(arrays, counts, EXPERIMENT)
+  assert found == {"always_lower": 0.5, "constant": 0.5}
+  first = pairs.PairArrays(*(values[:1] for values in arrays))
+  assert heads.baseline_accuracies(first, counts, EXPERIMENT) == {"always_lower": 1.0, "constant": 0.0}
+  of_first = pairs.setting_counts(first, 3)
+  assert of_first == {"chosen": [1.0, 0.0, 0.0], "rejected": [0.0, 0.0, 1.0]}
+
+
+def test_best_single_and_oracle_are_fixed_arms():
+  scores = {
+    "fixed 0": {"a": np.full((2, 1, 2), 0.9), "b": np.full((2, 1, 2), 0.1)},
+    "fixed 1": {"a": np.full((2, 1, 2), 0.2), "b": np.full((2, 1, 2), 0.7)},
+  }
+  evaluate.add_chosen_settings(scores, (0.0, 1.0), {"chosen": [3.0, 7.0], "rejected": [5.0, 5.0]})
+  assert scores["best_single"]["a"][0, 0, 0] == 0.2
+  assert [scores["oracle"][task][0, 0, 0] for task in "ab"] == [0.9, 0.7]
+
+
+def test_what_a_head_picked_is_summarised_by_setting_and_position():
+  choices = np.asarray([[0, 2, -1], [1, 2, 2]])
+  found = evaluate.pick_summary(sampling.Written(None, None, None, None, choices), TAUS)
+  assert found["histogram"] == [0.2, 0.2, 0.6] and found["not_lowest"] == pytest.approx(0.8)
+  assert found["mean"] == pytest.approx(3.5 / 5)
+  assert found["mean_by_position"] == [0.25, 1.0, 1.0]
+
+
+def test_seeds_of_purposes_differ():
+  assert settings.number_of(0, 1, "a") != settings.number_of(0, 1, "b")
+  assert settings.number_of(0, 11) != settings.number_of(0, 1, 1)

@@ -61,7 +61,7 @@ class LatentPreferenceSpec(Spec):
   @property
   def needs_words(self) -> bool:
     """Whether the loss reads log p(y_t | T_k) of every temperature."""
-    return self.variant == "latent"
+    return self.variant in ("latent", "joint")
 
   def check_temperatures(self, temperatures: Sequence[float]) -> None:
     """Refuses a set of temperatures that the loss cannot be trained with.

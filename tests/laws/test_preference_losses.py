@@ -378,3 +378,30 @@ def test_packed_sums_are_those_of_the_sequences_apart():
   np.testing.assert_array_equal(alone, kept[:, 3:7])
   with pytest.raises(ValueError, match="slots=2"):
     sum_responses(values, weights, None, 2)
+
+
+@pytest.mark.parametrize("name", ["dpo", "orpo", "ipo_means", "ld_dpo", "simpo"])
+def test_eight_devices_give_the_same_loss_and_gradient(name):
+  hidden_RLD, head_VD, targets_RL = toy(rows=16, length=6)
+  weights_RL = (jnp.arange(6) < jnp.tile(jnp.asarray([3, 6, 5, 4]), 4)[:, None]).astype(jnp.float32)
+
+  def total(hidden_RLD, head_VD, targets_RL, weights_RL):
+    log_probs_RL = token_statistics(hidden_RLD, head_VD, targets_RL, chunk_size=32).log_probs_RL
+    tokens_R1 = sum_responses(jnp.ones_like(weights_RL), weights_RL)
+    head_RL = first_tokens(weights_RL, jnp.full((16, 1), 3))
+    sums, heads = sum_responses(log_probs_RL, weights_RL), sum_responses(log_probs_RL, head_RL)
+    sides = [
+      SequenceScores(sums[k::2], tokens_R1[k::2], -9.0 - tokens_R1[k::2], heads[k::2], -4.0 + 0 * heads[k::2])
+      for k in (0, 1)
+    ]
+    return preference_loss(ALL[name], *sides)[0].mean()
+
+  inputs = (hidden_RLD, head_VD, targets_RL, weights_RL)
+  expected = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(*inputs)
+  assert jax.device_count() == 8
+  mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+  by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  placed = [jax.device_put(x, whole if x is head_VD else by_row) for x in inputs]
+  found = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(*placed)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)

@@ -194,7 +194,7 @@ def test_method_suite(variant, level, is_cached, tmp_path):
 
 
 @pytest.mark.parametrize("level", ("sequence", "token"))
-@pytest.mark.parametrize("variant", ("separate", "latent", "nll"))
+@pytest.mark.parametrize("variant", ("separate", "latent", "nll", "joint"))
 def test_cached_features_give_the_same_loss_and_gradient(variant, level):
   spec = LatentPreferenceSpec(variant, level, beta=0.5)
   params = method_suite.perturbed(method_of(spec, True).init(jax.random.key(0)), scale=0.3)
@@ -209,6 +209,18 @@ def test_cached_features_give_the_same_loss_and_gradient(variant, level):
   np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found[0][1], found[1][1])
   assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found[0][1])) > 1e-3
+
+
+@pytest.mark.parametrize("level", ("sequence", "token"))
+def test_t9_joint_trains_the_head_as_separate_does(level):
+  slopes = []
+  for variant in ("joint", "separate"):
+    spec = LatentPreferenceSpec(variant, level, beta=0.5)
+    method, batch = method_of(spec, True), batch_of(spec, True)
+    params = method_suite.perturbed(method.init(jax.random.key(0)), scale=0.3)
+    slopes.append(jax.value_and_grad(lambda p: method.loss(p, {}, (), batch, None).loss.mean())(params))  # noqa: B023
+  np.testing.assert_allclose(slopes[0][0], slopes[1][0], atol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), slopes[0][1], slopes[1][1])
 
 
 def test_the_frozen_model_gets_no_gradient():

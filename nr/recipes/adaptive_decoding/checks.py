@@ -68,7 +68,7 @@ def _check_experiment(config: Any, experiment: Any) -> None:
     spec = settings.loss_spec(config, experiment, variant)
     if spec.needs_words and experiment.action != "temperature":
       raise ValueError(
-        f"action={experiment.action!r}: heads.variants has 'latent', whose words are known for temperatures "
+        f"action={experiment.action!r}: heads.variants has {variant!r}, whose words are known for temperatures "
         "only; leave it out, or use action='temperature'"
       )
     method = latent_preference_method(head, spec, tuple(experiment["values"]))

@@ -16,9 +16,8 @@ class SampleCache:
   """Samples by (hash of the request, index).
 
   The hash covers everything that decides the answer except how many samples are
-  wanted, so that asking for more asks only for those that are missing. A line is
-  on disk before its sample is handed on. One
-  process writes at a time.
+  wanted, so that asking for more asks only for those that are missing. A line is on
+  disk before its sample is handed on. One process writes at a time.
 
   Args:
     path: JSON lines file, made where there is none.

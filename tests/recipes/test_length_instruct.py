@@ -3,11 +3,11 @@
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
 from configs import length_instruct as configs
+from nr import main
 from nr.recipes import length_instruct
 from nr.recipes.length_instruct import report, report_text, settings
 from nr.recipes.length_instruct.toy import World
@@ -157,25 +157,62 @@ def test_findings_are_checked_and_intervals_are_over_seeds():
   assert report_text.cell(interval) == "0.71 (0.70 to 0.72)"
 
 
-@pytest.mark.slow
-def test_a_miniature_from_pairs_to_report(tmp_path):
-  from nr import main
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("length_instruct")
+  return workdir, main.run(config_of("miniature"), workdir)
 
-  config = config_of("miniature")
-  artifacts = main.run(config, tmp_path)
-  content = json.loads((tmp_path / "report.json").read_text())
+
+@pytest.mark.slow
+def test_a_miniature_from_pairs_to_report(finished):
+  workdir, artifacts = finished
+  content = json.loads((workdir / "report.json").read_text())
   assert set(content["table"]) == {"sft", "dpo", "r_dpo_large", "lift"}
   for row in content["table"].values():
     assert 0 <= row["violation"]["estimate"] <= 1 and row["free_quality"]["estimate"] >= 0
   pairs, limited = content["pairs"]["0"], content["limited_pairs"]["0"]
   assert limited["limited"] == pairs["limited"] == 2 * pairs["kept"] and limited["swaps"] == pairs["swaps"]
-  text = (tmp_path / "report.md").read_text()
+  text = (workdir / "report.md").read_text()
   assert "LIFT, D plus D'" in text and "words_by_limit.png" in text
-  assert all((tmp_path / plot).is_file() for plot in content["plots"]) and len(content["plots"]) == 4
-  answers = [json.loads(line) for line in (tmp_path / "evaluate/lift_seed0/limited.jsonl").open()]
+  assert all((workdir / plot).is_file() for plot in content["plots"]) and len(content["plots"]) == 4
+  answers = [json.loads(line) for line in (workdir / "evaluate/lift_seed0/limited.jsonl").open()]
   assert len(answers) == 3 * 2 * 2 and {"prompt", "limit", "answer", "words", "is_violation"} <= set(
     answers[0]
   )
   # A second call finds everything done.
-  assert main.run(config, tmp_path) == artifacts
-  assert jax.device_count() == 8
+  assert main.run(config_of("miniature"), workdir) == artifacts
+
+
+@pytest.mark.slow
+def test_a_given_checkpoint_on_files(finished, tmp_path):
+  workdir, artifacts = finished
+  spec = settings.lift_spec(config_of("miniature"))
+  entries = [
+    {
+      "instruction": spec.render(f"topic_{topic} :", 2),
+      "original_instruction": f"topic_{topic} :",
+      "max_len": 2,
+      "output": "w1 w2",
+      "dataset": "toy",
+    }
+    for topic in range(3)
+  ]
+  (tmp_path / "alpaca.json").write_text(json.dumps(entries))
+  config = config_of(
+    "miniature",
+    base__checkpoint=str(workdir / artifacts["base"]["models"]["0"]["model"]),
+    data__pairs=str(workdir / artifacts["pairs"]["files"]["0"]["path"]),
+    evaluate__alpaca_eval_li=str(tmp_path / "alpaca.json"),
+    evaluate__max_new_tokens=6,
+    arms__r_dpo_large__mix="",
+    arms__dpo__mix="",
+  )
+  length_instruct.validate(config)
+  main.run(config, tmp_path / "run")
+  content = json.loads((tmp_path / "run/report.json").read_text())
+  found = content["runs"]["lift_seed0"]["alpaca_eval_li"]
+  assert found["count"] == found["answered"] == 3 and found["counter"] == "spaces"
+  # Without a judge nothing is won, and the report says so.
+  assert found["win"] is None and found["judge"] is None and set(found["scales"]) == {"0.5"}
+  text = (tmp_path / "run/report.md").read_text()
+  assert "## alpaca_eval_li" in text and "judged by nobody" in text and "Vlt% x0.5" in text

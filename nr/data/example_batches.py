@@ -215,7 +215,6 @@ class ExampleIterator(Iterator[Batch]):
     if self._batch == len(plan):
       self._epoch, self._batch = self._epoch + 1, 0
     if self._batches.epochs is not None and self._epoch >= self._batches.epochs:
-      self._epoch, self._batch = self._epoch - 1, len(plan)
       raise StopIteration
     planned = self._batches.plan(self._epoch)[self._batch]
     self._batch += 1

@@ -93,6 +93,14 @@ def test_no_double_begin_of_text():
   assert begin not in ChatFormat(ChatTokenizer(tokenizer, template_of("chatml"))).encode_prompt("hi")
 
 
+def test_begin_of_text_is_added_only_where_the_tokenizer_asks_for_it():
+  tokenizer = ChatTokenizer(load_tokenizer(GOLDEN), template_of("chatml"), begin_of_text_id=0)
+  tokenizer.adds_begin_of_text = False  # as a GGUF file can say
+  assert 0 not in ChatFormat(tokenizer).encode_prompt("hi")
+  tokenizer.adds_begin_of_text = True
+  assert ChatFormat(tokenizer).encode_prompt("hi")[0] == 0
+
+
 def test_shortening_keeps_begin_of_text_and_every_end():
   form = format_of("folder")
   record = Conversation("a", CASES[1]["messages"])
@@ -216,6 +224,9 @@ def test_generation_marks_and_loop_controls_are_understood():
   marked += "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
   assert render_chat(marked, [turn("user", "a"), turn("user", "b")]) == "a"
   assert render_chat("{{ strftime_now is defined }}", []) == "False"
+  assert render_chat("{% if true %}\n  {% if true %}\nx{% endif %}{% endif %}", []) == "x", (
+    "blocks leave no space"
+  )
 
 
 def test_conversations_on_disk(tmp_path):

@@ -7,6 +7,7 @@ from byte_tokenizer import ByteTokenizer
 from nr.data.bad_records import DataError
 from nr.data.example_batches import packed_batches, padded_batches
 from nr.data.examples import (
+  EncodedExample,
   LengthLimits,
   PlainText,
   Response,
@@ -97,13 +98,30 @@ def test_tokens_are_used_as_they_were_sampled():
   assert ended.examples[0].tokens[1].tolist() == [1, 2, 7, END] and ended.report.without_end == 0
 
 
+def test_an_end_that_the_text_spells_is_not_written_twice():
+  lines = PlainText(ByteTokenizer(), end_id=ord("\n"))
+  encoded = encode(PreferencePair("a", "p", "x\n", "y"), format=lines)
+  assert [ids.tolist() for ids in encoded.examples[0].tokens] == [[*b"px\n"], [*b"py\n"]]
+  assert PlainText(ByteTokenizer()).encode_prompt("") == [END], "nothing is the end of text before it"
+
+
+def test_a_digest_knows_tokens_and_which_are_learnt():
+  (example,) = encode(PreferencePair("a", "pq", "x", "y")).examples
+  (other,) = encode(PreferencePair("a", "p", "qx", "qy")).examples
+  assert all(np.array_equal(a, b) for a, b in zip(example.tokens, other.tokens))
+  assert example.digest != other.digest
+  assert example.digest == encode(PreferencePair("b", "pq", "x", "y", weight=2.0)).examples[0].digest
+
+
 def test_long_prompts():
   pair = PreferencePair("a", "0123456789", "yes", "n")
   assert encode(pair, limits=LengthLimits(15)).report.shortened == 0, "11 + 4 just fit"
   for limits, kept in ((LengthLimits(14), "123456789"), (LengthLimits(6), "9"), (LengthLimits(64, 4), "789")):
     encoded = encode(pair, limits=limits)
     assert encoded.report.shortened == 1 and "1 with a shortened prompt" in encoded.report.text()
+    swapped = encode(pair._replace(chosen="n", rejected="yes"), limits=limits).examples[0]
     chosen, rejected = (sequence.tolist() for sequence in encoded.examples[0].tokens)
+    assert [sequence.tolist() for sequence in swapped.tokens] == [rejected, chosen]
     assert chosen == [BEGIN, *ids(kept), *ids("yes"), END], "begin of text, the last tokens and the end stay"
     assert rejected == [BEGIN, *ids(kept), *ids("n"), END], "both sides see the same prompt"
   other = PreferencePair("b", "0", "a", "b")
@@ -199,6 +217,35 @@ def test_every_pair_once_an_epoch_whole_and_in_another_order(make):
   assert again == epochs[0], "the seed decides the order"
 
 
+def of_sizes(*sizes):
+  """Single responses that take so many tokens."""
+  return [
+    EncodedExample(str(i), (np.full(size, i, np.int32),), (np.arange(size) > 0,), 1.0)
+    for i, size in enumerate(sizes)
+  ]
+
+
+def test_what_is_left_over_of_each_length_is_joined():
+  examples = of_sizes(*[8] * 3, *[16] * 3, *[32] * 3, 8)
+  batches = list(padded_batches(examples, 4, (8, 16, 32), None, 1))
+  found = [(batch["tokens"].shape, sorted(batch["indices"][:, 0].tolist())) for batch in batches]
+  assert found == [((4, 8), [0, 1, 2, 9]), ((4, 32), [3, 4, 5, 6]), ((4, 32), [-1, -1, 7, 8])]
+  (small,) = padded_batches(of_sizes(5, 9), 4, (8, 16, 32), None, 1)
+  assert small["tokens"].shape == (4, 16), "the shortest length that holds them"
+
+
+def test_the_fullest_row_closes_when_no_row_has_room():
+  batches = list(packed_batches(of_sizes(8, 5, 6, 5), 1, 10, None, 1, num_open=2))
+  rows = [batch["indices"][0][batch["indices"][0] >= 0].tolist() for batch in batches]
+  assert rows == [[0], [1, 3], [2]]
+
+
+def test_batches_that_are_not_full_come_anywhere():
+  count, iterator = len(list(padded(epochs=1))), iter(padded())
+  places = {place % count for place in range(6 * count) if (next(iterator)["indices"] < 0).any()}
+  assert len(places) > 1
+
+
 def test_packing_wastes_little():
   batches = list(packed_batches(EXAMPLES, 1, 160, 0, 1, slots=8))
   assert np.mean([batch["segment_ids"] > 0 for batch in batches]) > 0.8
@@ -233,6 +280,9 @@ def test_resume_is_exact(make):
   state = iter(make(seed=4)).get_state()
   with pytest.raises(DataError, match="other examples or batch settings"):
     iter(make()).set_state(state)
+  other = [example._replace(tokens=tuple(ids + 1 for ids in example.tokens)) for example in EXAMPLES]
+  with pytest.raises(DataError, match="other examples or batch settings"):
+    iter(padded_batches(other, 4, (18, 24, 40), 3)).set_state(iter(padded()).get_state())
   finished = iter(make(epochs=1))
   list(finished)
   at_end = iter(make(epochs=1))

@@ -138,6 +138,14 @@ def test_pools_come_back(tmp_path):
   assert read_pools(tmp_path / "q.jsonl") == pools, "nothing of a refused line is written"
 
 
+def test_samples_are_given_in_the_order_of_their_indices(tmp_path):
+  record = {"id": "a", "prompt": "p", "samples": [{"index": 2}, {"index": 0}]}
+  path = write_lines(tmp_path / "p.jsonl", record, {**record, "samples": [{"index": 1}]})
+  assert [one.index for one in read_pools(path)[0].samples] == [0, 1, 2]
+  path = write_lines(tmp_path / "p.jsonl", record)
+  assert [one.index for one in read_pools(path)[0].samples] == [0, 2]
+
+
 @pytest.mark.parametrize(
   "change,field",
   [

@@ -6,6 +6,7 @@ Variants:
   tiny        the offline experiment: a small world with a built-in bias towards length; minutes on two cores
   seeds       tiny with five seeds and bootstrap intervals over them
   miniature   every stage in seconds, for tests; its numbers mean nothing
+  benchmark   a checkpoint that you name, measured as it is on benchmark files that you name
   paper       the paper's data sizes on a checkpoint and files that you name; what the paper leaves open is ours
 """
 
@@ -15,7 +16,7 @@ from nr import names
 from nr.recipes.length_instruct.augmentation import TEMPLATE
 from nr.training.defaults import get_training_config
 
-VARIANTS = ("tiny", "seeds", "miniature", "paper")
+VARIANTS = ("tiny", "seeds", "miniature", "benchmark", "paper")
 
 
 def _training(**changes) -> ConfigDict:
@@ -44,6 +45,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
       "pairs": "",  # JSON lines of preference pairs (nr.data.preferences); "": sampled in the toy world
       "chat_template": "",  # of a checkpoint: "own", a built-in name (nr.chat_templates), or "" for plain text
       "prompts_per_topic": 250,  # two answers each
+      "rows_per_call": 512,  # texts sampled together; decides speed and memory, not what is sampled
       "max_length": 20,  # tokens of a prompt with its response; longer examples are left out
     }
   )
@@ -65,8 +67,12 @@ def get_config(variant: str = "tiny") -> ConfigDict:
     config.seeds = (0, 1, 2, 3, 4)
   if variant == "miniature":
     _make_miniature(config)
-  if variant == "paper":
+  if variant in ("benchmark", "paper"):
     _make_paper(config)
+  if variant == "benchmark":
+    for arm in config.arms:
+      config.arms[arm].mix = ""
+    config.data.chat_template = "own"
   return config
 
 
@@ -152,7 +158,6 @@ def _evaluate() -> ConfigDict:
   """Returns what is measured."""
   return ConfigDict(
     {
-      "batch_size": 512,  # rows decoded together
       "limits": (3, 4, 5, 6, 7, 8, 9, 10, 11),
       "scales": (0.75, 0.5, 0.25),
       "answers_per_limit": 8,  # of each topic
@@ -162,6 +167,8 @@ def _evaluate() -> ConfigDict:
       "alpaca_eval_li": "",  # length_instructed_alpaca_baseline.json
       "mt_bench_li": "",  # question.jsonl
       "mt_bench_li_baselines": "",  # length_instructed_turn1_baseline.jsonl
+      "answered": "",  # JSON lines {id, instruction, responses} of one's own, made into cases by the same rule
+      "most_cases": 0,  # of each benchmark; 0: all
       "max_new_tokens": 2048,
       "chain": "temperature(0.7)|top_p(0.9)",
       "judge": {"url": "", "model": "", "api_key_variable": "", "max_new_tokens": 1024},  # url "": no judge
@@ -207,4 +214,5 @@ def _make_paper(config: ConfigDict) -> None:
   config.arms.r_dpo_small.loss.length_penalty = 0.01
   config.arms.r_dpo_large.loss.length_penalty = 0.1
   config.arms.lift_nll.mix = ""  # ours, not the paper's
-  config.evaluate.update(batch_size=32, scales=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1))
+  config.data.rows_per_call = 32
+  config.evaluate.update(scales=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1))

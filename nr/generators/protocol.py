@@ -8,7 +8,6 @@ an exception that loses the others, and never as an empty text.
 import dataclasses
 import hashlib
 import json
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -119,7 +118,7 @@ class Sample:
   finish_reason: str = "stop_id"
   model: str = ""
   cost: Cost = Cost()
-  extras: Mapping[str, Any] = dataclasses.field(default_factory=lambda: types.MappingProxyType({}))
+  extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   error: str | None = None
 
   @property

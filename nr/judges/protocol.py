@@ -3,11 +3,8 @@
 import dataclasses
 import math
 import statistics
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
-
-NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Judgement(NamedTuple):
 
   score: float | None
   reason: str = ""
-  details: Mapping[str, Any] = NOTHING
+  details: Mapping[str, Any] = {}
 
 
 @runtime_checkable
@@ -83,7 +80,7 @@ class Verdict(NamedTuple):
 
   first_score: float | None
   reason: str = ""
-  details: Mapping[str, Any] = NOTHING
+  details: Mapping[str, Any] = {}
 
 
 @runtime_checkable
@@ -105,13 +102,12 @@ def judgement(score: float, reason: str = "", **details: Any) -> Judgement:
   """Returns a judgement; a score that is no finite number is none, and says so.
 
   >>> judgement(float("nan"))
-  Judgement(score=None, reason='the score is nan', details=mappingproxy({}))
+  Judgement(score=None, reason='the score is nan', details={})
   """
-  found = types.MappingProxyType(details)
   score = float(score)
   if not math.isfinite(score):
-    return Judgement(None, f"the score is {score}", found)
-  return Judgement(score, reason, found)
+    return Judgement(None, f"the score is {score}", details)
+  return Judgement(score, reason, details)
 
 
 class ScorePairs:

@@ -17,6 +17,7 @@ from nr.recipes.length_instruct.benchmarks import (
   evaluate,
   judge_cases,
   load_alpaca_eval_li,
+  load_answered,
   load_mt_bench_li,
   make_case,
 )
@@ -93,6 +94,23 @@ def test_bad_files_are_named(tmp_path):
   for path in (tmp_path / "none.json", questions):
     with pytest.raises(DataError, match=path.name):
       load_alpaca_eval_li(path)
+
+
+def test_prompts_that_strong_models_have_answered(tmp_path):
+  entry = {"id": "a", "instruction": "Say it.", "responses": ["one two three", "one two"], "input": "Hello"}
+  path = write(tmp_path / "own.jsonl", [entry, {**entry, "id": "b", "input": "", "responses": {"m": "x"}}])
+  one, two = load_answered(path, LiftSpec())
+  assert one.instruction == "Say it.\n\nHello" and (one.limit, one.baseline) == (2, "one two")
+  assert one.prompt == LiftSpec().render(one.instruction, 2) and (two.instruction, two.limit) == (
+    "Say it.",
+    1,
+  )
+  for change, problem in (
+    ({}, "line 2, field 'id'"),
+    ({"id": "c", "responses": [""]}, "line 2, field 'responses'"),
+  ):
+    with pytest.raises(DataError, match=problem):
+      load_answered(write(path, [entry, {**entry, **change}]), LiftSpec())
 
 
 def cases():

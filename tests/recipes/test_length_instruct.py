@@ -1,5 +1,6 @@
 """The recipe's config, its refusals, the toy world, and the report's words."""
 
+import gzip
 import json
 import math
 
@@ -30,6 +31,7 @@ def test_variants_are_valid(variant):
 
 
 def test_the_paper_s_variant_asks_for_what_it_needs(tmp_path):
+  assert settings.arm_names(config_of("benchmark")) == [] and len(settings.arm_names(config_of("paper"))) == 5
   config = config_of("paper")
   assert (
     config.lift.template == "Answer the following instruction using {limit} words or less.\n\n{instruction}"
@@ -216,3 +218,27 @@ def test_a_given_checkpoint_on_files(finished, tmp_path):
   assert found["win"] is None and found["judge"] is None and set(found["scales"]) == {"0.5"}
   text = (tmp_path / "run/report.md").read_text()
   assert "## alpaca_eval_li" in text and "judged by nobody" in text and "Vlt% x0.5" in text
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_measured_as_it_is(finished, tmp_path):
+  workdir, artifacts = finished
+  lines = [
+    {"id": f"{n}", "instruction": "topic_1 :", "responses": {"a": "w1 w2 w3", "b": "w1 w4"}} for n in range(4)
+  ]
+  (tmp_path / "answered.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+  config = config_of(
+    "benchmark",
+    base__checkpoint=str(workdir / artifacts["base"]["models"]["0"]["model"]),
+    data__chat_template="",
+    evaluate__answered=str(tmp_path / "answered.jsonl.gz"),
+    evaluate__most_cases=3,
+    evaluate__max_new_tokens=6,
+    evaluate__scales=(),
+    lift__template=config_of().lift.template,
+    lift__counter="spaces",
+  )
+  main.run(config, tmp_path / "run")
+  content = json.loads((tmp_path / "run/report.json").read_text())
+  assert list(content["runs"]) == ["sft_seed0"] and content["runs"]["sft_seed0"]["answered"]["count"] == 3
+  assert "## answered" in (tmp_path / "run/report.md").read_text()

@@ -21,7 +21,7 @@ def stages(config: Any) -> list[Stage]:
   shared = ("world", "lift", "data", "seed", "seeds")
   return [
     Stage("base", base.run, sections=("base", *shared)),
-    Stage("pairs", pairs.run_pairs, sections=("evaluate", *shared), inputs=("base",)),
+    Stage("pairs", pairs.run_pairs, sections=shared, inputs=("base",)),
     Stage("augment", pairs.run_augment, sections=("lift",), inputs=("pairs",)),
     Stage("arms", arms.run, sections=("arms", "train", *shared), inputs=("base", "pairs", "augment")),
     Stage("evaluate", evaluate.run, sections=("evaluate", *shared), inputs=("base", "arms")),

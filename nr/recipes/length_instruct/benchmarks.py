@@ -8,6 +8,7 @@ The files are public (README of facebookresearch/RAM, projects/length_instruct);
 the evaluation never came. Source of the metrics: arXiv 2406.17744, section 3.1.3.
 """
 
+import gzip
 import json
 import math
 import pathlib
@@ -116,6 +117,34 @@ def load_mt_bench_li(
   return cases
 
 
+def load_answered(path: str | pathlib.Path, spec: LiftSpec) -> list[LengthCase]:
+  """Makes cases of one's own by the benchmarks' rule, from prompts that strong models have answered.
+
+  Args:
+    path: JSON lines {id, instruction, responses: [text] or {model: text}}, and optionally `input`
+      (put behind the instruction, a blank line between) and `category`; may be gzipped.
+    spec: counter of words, and template.
+
+  Raises:
+    DataError: a line that is not so, or an id twice, by line and field.
+  """
+  path, cases, seen = pathlib.Path(path), [], set()
+  for number, entry in _read_lines(path):
+    where = f"{path}, line {number}"
+    id, instruction = (_field(entry, name, str, where) for name in ("id", "instruction"))
+    if id in seen:
+      raise DataError(f"{where}, field 'id': {id!r} is there twice; leave one out")
+    seen.add(id)
+    given = _field(entry, "responses", list | dict, where)
+    answers = [text for text in (given.values() if isinstance(given, dict) else given) if text]
+    if not answers or not all(isinstance(text, str) for text in answers):
+      raise DataError(f"{where}, field 'responses': give at least one text")
+    if entry.get("input"):
+      instruction = f"{instruction}\n\n{entry['input']}"
+    cases.append(make_case(id, instruction, answers, spec, str(entry.get("category", ""))))
+  return cases
+
+
 def _read_answers(path: pathlib.Path) -> dict[str, str]:
   found = {}
   for number, entry in _read_lines(path):
@@ -142,11 +171,12 @@ def _read_json(path: pathlib.Path) -> list:
 
 def _read_lines(path: pathlib.Path) -> list[tuple[int, dict]]:
   try:
-    lines = path.read_text(encoding="utf-8").splitlines()
-  except OSError as error:
-    raise DataError(f"{path} cannot be read ({error}); download it") from error
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+  except (OSError, EOFError, UnicodeDecodeError) as error:
+    raise DataError(f"{path} cannot be read ({error}); download it again") from error
   found = []
-  for number, line in enumerate(lines, start=1):
+  for number, line in enumerate(text.splitlines(), start=1):
     if line.strip():
       try:
         found.append((number, json.loads(line)))

@@ -11,7 +11,7 @@ from nr.recipes.length_instruct import settings
 from nr.recipes.length_instruct.augmentation import MIXES
 from nr.training import defaults, sharding
 
-BENCHMARK_FILES = ("alpaca_eval_li", "mt_bench_li", "mt_bench_li_baselines")
+BENCHMARKS = ("alpaca_eval_li", "mt_bench_li", "answered")
 
 
 def validate(config: Any) -> None:
@@ -49,7 +49,7 @@ def _check_arms(config: Any) -> None:
     raise ValueError(
       f"arms.{settings.REFERENCE_ARM}: this name is the model that arms begin from; choose another"
     )
-  if not settings.arm_names(config):
+  if settings.is_toy(config) and not settings.arm_names(config):
     raise ValueError("arms: every mix is empty; give at least one arm a mix, such as 'union'")
 
 
@@ -78,8 +78,10 @@ def _check_toy(config: Any) -> None:
 
 
 def _check_files(config: Any) -> None:
-  if not config.data.pairs:
-    raise ValueError("data.pairs='': a checkpoint needs preference pairs; name a JSON lines file of them")
+  if settings.arm_names(config) and not config.data.pairs:
+    raise ValueError(
+      "data.pairs='': a checkpoint needs preference pairs; name a JSON lines file of them, or leave all arms out"
+    )
   named = {
     "base.checkpoint": config.base.checkpoint,
     "base.responses": config.base.responses,
@@ -92,7 +94,7 @@ def _check_files(config: Any) -> None:
   for field, path in named.items():
     if path and not pathlib.Path(path).expanduser().exists():
       raise ValueError(f"{field}={path!r}: no such file or folder")
-  if not (config.evaluate.alpaca_eval_li or config.evaluate.mt_bench_li):
+  if not any(config.evaluate[name] for name in BENCHMARKS):
     raise ValueError(
       "evaluate.alpaca_eval_li='': name at least one benchmark file, there is nothing to measure on"
     )

@@ -159,7 +159,10 @@ def open_benchmarks(config: Any) -> dict[str, list[LengthCase]]:
     found["mt_bench_li"] = benchmarks.load_mt_bench_li(
       config.evaluate.mt_bench_li, config.evaluate.mt_bench_li_baselines or None
     )
-  return found
+  if config.evaluate.answered:
+    found["answered"] = benchmarks.load_answered(config.evaluate.answered, settings.lift_spec(config))
+  most = config.evaluate.most_cases
+  return {title: cases[:most] if most else cases for title, cases in found.items()}
 
 
 def open_judge(config: Any, cache: Any) -> PairJudge | None:

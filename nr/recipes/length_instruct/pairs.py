@@ -13,7 +13,9 @@ from nr.recipes.stages import Artifact, StageContext
 def run_pairs(context: StageContext) -> Artifact:
   """Samples and judges pairs of the toy world, or takes the given ones; one file a seed."""
   config, language = context.config, settings.language_of(context)
-  files = {}
+  files: dict[str, Artifact] = {}
+  if not settings.is_toy(config) and not config.data.pairs:  # only measured
+    return {"files": files}
   for seed in config.seeds:
     counts: dict[str, int] = {}
     if settings.is_toy(config):

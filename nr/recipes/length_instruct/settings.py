@@ -128,5 +128,5 @@ def make_generator(config: Any, spec: Any, params: Any, language: Language, mode
     format=language.format,
     end_ids=language.end_ids,
     model=model,
-    batch_size=config.evaluate.batch_size,
+    batch_size=config.data.rows_per_call,
   )

@@ -116,7 +116,15 @@ def _base() -> ConfigDict:
   )
 
 
-def _arm(method: str, *, is_online: bool, select: dict | None = None, **loss) -> dict:
+def _arm(
+  method: str,
+  *,
+  is_online: bool,
+  select: dict | None = None,
+  steps: int = 0,
+  learning_rate: float = 0.0,
+  **loss,
+) -> dict:
   """Returns an arm: which pairs it picks (fields of SelectionSpec), when, and its loss (of PreferenceSpec)."""
   picked = {"method": method, "criterion": "probability", "rho": 0.0, "tie_policy": "diversity_only"}
   return {
@@ -125,12 +133,16 @@ def _arm(method: str, *, is_online: bool, select: dict | None = None, **loss) ->
     "steps_per_round": 1 if is_online else 0,  # 0: offline, one round for the whole run
     "prompts_per_round": 0,  # 0: as many as its steps take pairs
     "sync_reference_every": 0,  # 0: the reference stays the base
+    "steps": steps,  # 0: train.steps
+    "learning_rate": learning_rate,  # 0: train.optimizer.learning_rate
   }
 
 
 def _arms() -> ConfigDict:
   """Returns the arms of the offline experiment. Rewards are 0 or 1, so any rho below 0.5 gives the same sets."""
-  online, offline = dict(is_online=True), dict(is_online=False)
+  online = dict(is_online=True)
+  # Off the policy, both methods lose validity at the online rate within few steps.
+  offline = dict(is_online=False, steps=100, learning_rate=3e-4)
   return ConfigDict(
     {
       "dpo_online": _arm("dpo", **online),
@@ -207,9 +219,11 @@ def _make_miniature(config: ConfigDict) -> None:
     config.task.world.num_values = 6
     config.base.update(dict(examples=400))
     config.base.model.update(dict(num_layers=1, model_dim=16))
-    config.base.train.update(dict(steps=40, batch_size=32))
+    config.base.train.update(dict(steps=100, batch_size=32))
     config.sampling.update(dict(num_samples=4, batch_size=32))
     config.train.update(dict(steps=6, batch_size=8, log_every=2))
     config.evaluate.update(dict(samples=64))
+    for arm in ("dpo_offline", "divpo_offline", "divpo_offline_no_nll"):
+      config.arms[arm].update(dict(steps=4, learning_rate=1e-3))
     for arm in ("divpo_skip_online", "frequency_online", "random_online", "dpo_offline_no_nll"):
       config.arms[arm].select.method = ""

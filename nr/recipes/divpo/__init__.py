@@ -20,7 +20,10 @@ def stages(config: Any) -> list[Stage]:
   return [
     Stage("base", base.run, sections=("seeds", "seed", "task", "base")),
     Stage(
-      "arms", arms.run, sections=("seeds", "seed", "task", "sampling", "arms", "train"), inputs=("base",)
+      "arms",
+      arms.run,
+      sections=("seeds", "seed", "task", "sampling", "adapter", "arms", "train"),
+      inputs=("base",),
     ),
     Stage(
       "evaluate",

@@ -4,7 +4,6 @@ import functools
 import json
 from typing import Any
 
-from nr.recipes.cocomix.settings import training_config
 from nr.recipes.divpo import settings
 from nr.recipes.divpo.pairs import make_pairs
 from nr.recipes.sampling_rounds import RoundBatches
@@ -39,7 +38,7 @@ def _train(context: StageContext, language: settings.Language, arm: str, seed: i
   if section.sync_reference_every:
     reference = dict(reference="synced", sync_every=section.sync_reference_every)
   method = preference_method(policy, settings.preference_spec(config, arm), name=arm, **reference)
-  training = training_config(config.train, config.seed + seed)
+  training = settings.training_of(config, arm, seed)
   rounds = RoundBatches(
     directory / "rounds",
     policy,

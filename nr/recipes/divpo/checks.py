@@ -54,7 +54,7 @@ def _check_arms(config: Any) -> None:
         make(config, arm)
       except ValueError as error:
         raise ValueError(f"arms.{arm}.{section}: {error}") from error
-    for field in ("steps_per_round", "prompts_per_round", "sync_reference_every"):
+    for field in ("steps_per_round", "prompts_per_round", "sync_reference_every", "steps", "learning_rate"):
       if config.arms[arm][field] < 0:
         raise ValueError(f"arms.{arm}.{field}={config.arms[arm][field]}: give 0 or more")
   if settings.BASE in config.arms:

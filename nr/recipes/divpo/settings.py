@@ -9,6 +9,7 @@ from nr.generators.checkpoints import Checkpoint, make_network, open_checkpoint
 from nr.generators.in_process import InProcess
 from nr.models.lora import LoraSpec, merge
 from nr.objectives.preference import PreferenceSpec
+from nr.recipes.cocomix.settings import training_config
 from nr.recipes.divpo.pairs import SelectionSpec
 from nr.recipes.divpo.personas import JsonPersonas, PersonaWorld, Task
 from nr.recipes.sampling_rounds import RoundSpec
@@ -82,11 +83,21 @@ def preference_spec(config: Any, arm: str) -> PreferenceSpec:
   return PreferenceSpec.from_dict(config.arms[arm].loss.to_dict())
 
 
+def training_of(config: Any, arm: str, seed: int) -> Any:
+  """Returns the training section of an arm, with the run's seed in it."""
+  training, section = training_config(config.train, config.seed + seed), config.arms[arm]
+  if section.steps:
+    training.steps = section.steps
+  if section.learning_rate:
+    training.optimizer.learning_rate = section.learning_rate
+  return training
+
+
 def round_spec(config: Any, arm: str, seed: int) -> RoundSpec:
   """Returns how an arm samples: a round as long as the run is offline."""
   sampling, section = config.sampling, config.arms[arm]
   is_offline = section.steps_per_round == 0
-  steps = config.train.steps if is_offline else section.steps_per_round
+  steps = training_of(config, arm, seed).steps if is_offline else section.steps_per_round
   prompts = section.prompts_per_round or steps * config.train.batch_size
   return RoundSpec(
     steps_per_round=steps,

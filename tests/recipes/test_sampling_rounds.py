@@ -1,0 +1,275 @@
+"""Rounds of sampling and training: whose parameters draw, what a kill loses, what cannot be used."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from nr.data.pools import Pool, PoolSample, read_pools
+from nr.data.preferences import PreferencePair
+from nr.data.word_tokenizer import WordTokenizer
+from nr.generators.checkpoints import make_network
+from nr.generators.in_process import InProcess
+from nr.judges.protocol import Rule
+from nr.models import parameters
+from nr.models.transformer import TransformerSpec
+from nr.objectives.preference import PreferenceSpec
+from nr.objectives.sequence_scores import token_statistics
+from nr.recipes.sampling_rounds import (
+  PoolPrompt,
+  RoundBatches,
+  RoundSpec,
+  prompts_of_round,
+  sampled_examples,
+)
+from nr.training.defaults import get_training_config
+from nr.training.fingerprint import fingerprint
+from nr.training.loop import train
+from nr.training.model_files import build_model
+from nr.training.policy import full_policy
+from nr.training.preference import preference_method
+
+TOKENIZER = WordTokenizer(["ask", "tell", "a", "b", "c", "d", "e"])
+SPEC = TransformerSpec.llama(
+  vocab_size=TOKENIZER.vocab_size, num_layers=1, model_dim=16, num_heads=2, max_length=16, layers="unroll"
+)
+PROMPTS = [PoolPrompt(str(number), text) for number, text in enumerate(["ask a", "tell b", "ask c b"])]
+ROUNDS = RoundSpec(
+  steps_per_round=2, prompts_per_round=8, num_samples=3, max_new_tokens=4, prompts_per_write=3
+)
+
+
+def count_a(item):
+  return float(item.response.split(" ").count("a"))
+
+
+def extremes(pools):
+  """The first best and the first worst of each pool."""
+  pairs = []
+  for pool in pools:
+    scored = [sample for sample in pool.samples if sample.score is not None]
+    if len({sample.score for sample in scored}) < 2:
+      continue
+    best, worst = max(scored, key=lambda s: s.score), min(scored, key=lambda s: s.score)
+    pairs.append(
+      PreferencePair(
+        pool.id,
+        pool.prompt,
+        prompt_tokens=pool.prompt_tokens,
+        chosen_tokens=best.tokens,
+        rejected_tokens=worst.tokens,
+      )
+    )
+  return pairs
+
+
+def make_run(directory, spec=ROUNDS, rule=count_a, generator=None):
+  params = parameters.split(build_model(SPEC, jax.random.key(0)))[1]
+  policy = full_policy(SPEC, params)
+  generator = generator or InProcess(make_network(SPEC, params), TOKENIZER, batch_size=16)
+  judge = Rule(rule, "count")
+  rounds = RoundBatches(directory / "rounds", policy, generator, judge, PROMPTS, extremes, spec, 4, (10,))
+  return preference_method(policy, PreferenceSpec()), rounds
+
+
+def settings(steps, **changes):
+  section = get_training_config()
+  section.update(dict(steps=steps, batch_size=4, log_every=1, progress=False))
+  section.optimizer.update(dict(learning_rate=0.01))
+  section.schedule.name = "constant"
+  section.mesh.data = 1
+  section.checkpoint.update(dict(every=1, keep=20))
+  section.update(changes)
+  return section
+
+
+def notes(directory):
+  return [json.loads(line) for line in (directory / "rounds" / "rounds.jsonl").read_text().splitlines()]
+
+
+def same(first, second):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), jax.device_get(second))
+
+
+def test_each_round_is_drawn_by_the_parameters_at_its_beginning(tmp_path):
+  method, rounds = make_run(tmp_path)
+  seen = {}
+  receive = type(iter(rounds)).receive
+
+  def spy(iterator, step, params):
+    seen[step] = jax.device_get(params)
+    receive(iterator, step, params)
+
+  rounds_type = type(iter(rounds))
+  rounds_type.receive = spy
+  try:
+    train(settings(4), method, rounds, workdir=tmp_path)
+  finally:
+    rounds_type.receive = receive
+  for round, step in ((0, 0), (1, 2)):
+    model = parameters.merge(rounds.policy.graphdef, seen[step])
+    for pool in read_pools(rounds.path(round)):
+      assert pool.model == fingerprint(seen[step]) and len(pool.samples) == 3
+      for sample in pool.samples:
+        ids = np.array([[*pool.prompt_tokens, *sample.tokens]], np.int32)
+        hidden = model.hidden(ids[:, :-1])
+        expected = token_statistics(hidden, model.unembedding_VD, ids[:, 1:]).log_probs_RL
+        np.testing.assert_allclose(
+          sample.log_probs, expected[0, len(pool.prompt_tokens) - 1 :], rtol=1e-4, atol=1e-4
+        )
+        assert sample.score == sample.text.split(" ").count("a")
+  first, second = (read_pools(rounds.path(round)) for round in (0, 1))
+  assert first[0].model != second[0].model
+  assert [note["pairs"] for note in notes(tmp_path)] == [len(extremes(pools)) for pools in (first, second)]
+
+
+@pytest.mark.parametrize("stop", [2, 3])  # At the beginning of a round, and in its middle.
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
+  method, rounds = make_run(tmp_path / "whole")
+  whole = train(settings(6), method, rounds, workdir=tmp_path / "whole")
+  method, rounds = make_run(tmp_path / "parts")
+  train(settings(stop), method, rounds, workdir=tmp_path / "parts")
+  method, rounds = make_run(tmp_path / "parts")
+  parts = train(settings(6), method, rounds, workdir=tmp_path / "parts")
+  same(parts.state.params, whole.state.params)
+  for round in range(3):
+    name = f"rounds/round_{round:05d}.jsonl"
+    assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_sampling_and_training_share_a_mesh(tmp_path):
+  """Parameters go from step to sampler where they lie: the run on 8 devices is the run on one."""
+  one = train(settings(4), *make_run(tmp_path / "one"), workdir=tmp_path / "one")
+  method, rounds = make_run(tmp_path / "eight")
+  mesh = dict(data=2, fsdp=2, tensor=2, sequence=1)
+  eight = train(settings(4, mesh=mesh), method, rounds, workdir=tmp_path / "eight")
+  for round in range(2):
+    pools = [read_pools(tmp_path / name / f"rounds/round_{round:05d}.jsonl") for name in ("one", "eight")]
+    for first, second in zip(*pools):
+      assert [sample.tokens for sample in first.samples] == [sample.tokens for sample in second.samples]
+  for a, b in zip(jax.tree.leaves(one.state.params), jax.tree.leaves(eight.state.params)):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+class Killed(Exception):
+  pass
+
+
+def test_a_kill_while_sampling_loses_no_pool_that_was_written(tmp_path):
+  calls = []
+
+  def rule(item):
+    calls.append(item.id)
+    return count_a(item)
+
+  class Dying(InProcess):
+    left = 4
+
+    def generate(self, requests):
+      Dying.left -= 1
+      if Dying.left < 0:
+        raise Killed
+      return super().generate(requests)
+
+  whole = train(settings(4), *make_run(tmp_path / "whole"), workdir=tmp_path / "whole")
+  params = parameters.split(build_model(SPEC, jax.random.key(0)))[1]
+  dying = Dying(make_network(SPEC, params), TOKENIZER, batch_size=16)
+  with pytest.raises(Killed):
+    train(
+      settings(4), *make_run(tmp_path / "killed", generator=dying, rule=rule), workdir=tmp_path / "killed"
+    )
+  path = tmp_path / "killed" / "rounds" / "round_00001.jsonl"
+  text = path.read_text()
+  # Three writes in round 0 and one in round 1; then half a line, as a kill leaves it.
+  assert len(text.splitlines()) == ROUNDS.prompts_per_write
+  path.write_text(text + text[: len(text) // 7])
+  judged = list(calls)
+  resumed = train(settings(4), *make_run(tmp_path / "killed", rule=rule), workdir=tmp_path / "killed")
+  again = calls[len(judged) :]
+  assert len(again) == len(set(again)) == 3 * (8 - ROUNDS.prompts_per_write)
+  assert not {id for id in again} & {id for id in judged if id in judged[-9:]}
+  same(resumed.state.params, whole.state.params)
+
+
+def test_pools_of_other_parameters_are_kept_aside(tmp_path):
+  train(settings(2), *make_run(tmp_path / "one"), workdir=tmp_path / "one")
+  (tmp_path / "two" / "rounds").mkdir(parents=True)
+  path = tmp_path / "two" / "rounds" / "round_00000.jsonl"
+  lines = (tmp_path / "one" / "rounds" / "round_00000.jsonl").read_text()
+  path.write_text(lines.replace(read_pools(tmp_path / "one/rounds/round_00000.jsonl")[0].model, "0" * 16))
+  train(settings(2), *make_run(tmp_path / "two"), workdir=tmp_path / "two")
+  assert path.read_text() == lines
+  assert (path.parent / "round_00000.other0.jsonl").exists()
+
+
+def test_the_middle_of_a_round_needs_its_pools(tmp_path):
+  train(settings(3), *make_run(tmp_path), workdir=tmp_path)
+  (tmp_path / "rounds" / "round_00001.jsonl").unlink()
+  with pytest.raises(ValueError, match="middle of round 1 .* checkpoint of step 2 or earlier"):
+    train(settings(6), *make_run(tmp_path), workdir=tmp_path)
+
+
+@pytest.mark.parametrize(
+  "rule, unscored",
+  [(lambda item: float("nan"), 24), (lambda item: None, 24), (lambda item: 1.0, 0), (lambda item: 1 / 0, 24)],
+)
+def test_rounds_without_a_pair_change_nothing(tmp_path, rule, unscored):
+  method, rounds = make_run(tmp_path, rule=rule)
+  result = train(settings(2), method, rounds, workdir=tmp_path)
+  same(result.state.params, method.start)
+  (note,) = notes(tmp_path)
+  assert (note["pairs"], note["unscored"]) == (0, unscored)
+  assert result.summary["loss"] == 0
+
+
+def test_prompts_come_round_in_shuffled_order():
+  spec = RoundSpec(1, 2, 2, 1, seed=3)
+  found = [prompt for round in range(6) for prompt in prompts_of_round(PROMPTS, spec, round)]
+  assert len({prompt.id for prompt in found}) == 12
+  for epoch in range(4):
+    assert {prompt.prompt for prompt in found[3 * epoch : 3 * epoch + 3]} == {each.prompt for each in PROMPTS}
+
+
+def test_what_cannot_be_used_is_counted():
+  def pair(id, chosen, rejected, prompt=(1, 2, 3)):
+    return PreferencePair(id, "", prompt_tokens=prompt, chosen_tokens=chosen, rejected_tokens=rejected)
+
+  pairs = [
+    pair("same", (4, 0), (4, 0)),
+    pair("long", (4,) * 10, (5, 0)),
+    pair("shortened", (4, 5, 0), (5,)),
+    pair("fine", (4, 0), (5, 0), prompt=(1, 2)),
+  ]
+  examples, report = sampled_examples(pairs, 5)
+  assert [example.id for example in examples] == ["shortened", "fine"]
+  assert dict(report.dropped) == {"identical responses": ["same"], "response too long": ["long"]}
+  assert report.shortened == 1
+  assert [ids.tolist() for ids in examples[0].tokens] == [[2, 3, 4, 5, 0], [2, 3, 5]]
+
+
+def test_failed_samples_are_kept_with_their_reason(tmp_path):
+  params = parameters.split(build_model(SPEC, jax.random.key(0)))[1]
+  broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+  generator = InProcess(make_network(SPEC, params), TOKENIZER)
+  policy = full_policy(SPEC, broken)
+  rounds = RoundBatches(
+    tmp_path, policy, generator, Rule(count_a, "count"), PROMPTS, extremes, ROUNDS, 4, (10,)
+  )
+  list(rounds.open_round(0, broken))
+  pools = read_pools(rounds.path(0))
+  samples = [sample for pool in pools for sample in pool.samples]
+  assert all(sample.text is None and "NaN" in sample.details["reason"] for sample in samples)
+  assert json.loads((tmp_path / "rounds.jsonl").read_text())["unscored"] == len(samples) == 24
+
+
+def test_a_pool_remembers_how_it_was_drawn(tmp_path):
+  spec = RoundSpec(1, 4, 2, 4, chain="temperature(0.5)|top_k(3)", seed=7)
+  _, rounds = make_run(tmp_path, spec)
+  list(rounds.open_round(0, rounds.policy.start))
+  for pool in read_pools(rounds.path(0)):
+    assert isinstance(pool, Pool) and pool.chain == spec.chain
+    for sample in pool.samples:
+      assert isinstance(sample, PoolSample) and len(sample.log_probs) == len(sample.tokens)
+      # The law that was drawn from is sharper than the model's own.
+      assert sum(sample.transformed_log_probs) > sum(sample.log_probs)

@@ -143,7 +143,7 @@ def _pool_from(record: Mapping[str, Any]) -> Pool:
     for name in ("tokens", "log_probs", "transformed_log_probs"):
       fields[name] = None if fields.get(name) is None else tuple(fields[name])
     samples.append(PoolSample(**fields))
-  values["samples"] = tuple(sorted(samples, key=lambda sample: sample.index))
+  values["samples"] = tuple(samples)
   return Pool(**values)
 
 

@@ -88,6 +88,7 @@ KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
   [
     (lambda t: {k: v for k, v in t.items() if k != KEY}, "layers.1.mlp.up_proj.lora_B.weight is missing"),
     (lambda t: {**t, KEY: t[KEY][:-1]}, r"up_proj: lora_A \(3, 8\) and lora_B \(11, 3\) instead of"),
+    (lambda t: {**t, KEY.replace("_B", "_A"): np.zeros((2, 8), np.float32)}, r"up_proj: lora_A \(2, 8\)"),
     (lambda t: {**t, "base_model.model.model.embed_tokens.lora_embedding_A": t[KEY]}, "embed_tokens"),
     (lambda t: {"base_model.model.x.lora_A.weight": t[KEY]}, "fits no linear map"),
     (lambda t: {}, "no factors"),

@@ -125,6 +125,8 @@ def test_scan_equals_unroll_from_the_start():
     jax.tree.map(np.testing.assert_array_equal, parameters.stack_layers(second), first)
     layers = np.asarray(first["blocks"]["mlp"]["up"]["kernel"]["a"])
     assert np.abs(layers[0] - layers[1]).max() > 0.01, "layers differ"
+    gate = first["blocks"]["mlp"]["gate"]["kernel"]["a"]
+    assert np.abs(layers - gate).max() > 0.01, "weights of one shape differ"
   adapter = adapter_of(stacked)
   one = logits(scanned, attach(stacked, adapter, ALL))
   two = logits(unrolled, attach(apart, parameters.unstack_layers(adapter), ALL))

@@ -6,6 +6,7 @@ import numpy as np
 
 from nr.evaluation.reports import table
 from nr.recipes.adaptive_decoding.evaluate import head_of
+from nr.recipes.adaptive_decoding.families import SENTENCE, SENTENCES
 
 TITLES = {
   "mini": "Two tasks that the prompt tells apart",
@@ -59,6 +60,7 @@ def experiment(report: dict[str, Any], name: str) -> list[str]:
     reward_table(report, name),
     "What the heads pick, and how well they rank held-out pairs (mean over seeds):",
     head_table(report, name),
+    position_table(report, name) if report["levels"][name] == "token" else "",
     pairs_text(report, name),
     "\n\n".join(plots),
   ]
@@ -119,6 +121,23 @@ def head_table(report: dict[str, Any], name: str) -> str:
     "entropy of the head, nats",
   ]
   return table(header, rows)
+
+
+def position_table(report: dict[str, Any], name: str) -> str:
+  """Returns the mean setting by place in the sentence, over seeds and sentences (the paper's figure 5)."""
+  rows = []
+  for arm, tasks in report["evaluation"][name]["picks"][str(report["seeds"][0])].items():
+    means_N = np.mean(
+      [
+        report["evaluation"][name]["picks"][str(seed)][arm][task]["mean_by_position"][: SENTENCE * SENTENCES]
+        for seed in report["seeds"]
+        for task in tasks
+      ],
+      axis=0,
+    )
+    rows.append([arm, *(float(means_N[place::SENTENCE].mean()) for place in range(SENTENCE))])
+  header = ["head", "first word of a sentence", *(f"word {place + 1}" for place in range(1, SENTENCE))]
+  return "Mean setting by place in the sentence:\n\n" + table(header, rows)
 
 
 def pairs_text(report: dict[str, Any], name: str) -> str:

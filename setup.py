@@ -43,7 +43,7 @@ EXTRAS = {
     "outlines-core>=0.2.14", "llguidance>=1.9", "math-verify>=0.9", "pebble>=5.2", "nltk>=3.10",
   ],  # fmt: skip
   "lint": ["ruff>=0.14", "import-linter>=2"],
-  "oracles": ["torch>=2.13", "transformers>=5.23", "peft>=0.21"],
+  "oracles": ["torch>=2.13", "transformers>=5.23", "peft>=0.21", "trl>=1.16"],
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
 }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="needs torch (extra [oracles])")
-pytest.importorskip("trl", reason="needs trl: pip install trl")
+pytest.importorskip("trl", reason="needs trl (extra [oracles])")
 
 from tests.golden import make_trl_goldens  # noqa: E402
 from tests.objectives import trl_cases  # noqa: E402

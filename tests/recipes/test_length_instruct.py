@@ -242,3 +242,26 @@ def test_a_checkpoint_is_measured_as_it_is(finished, tmp_path):
   content = json.loads((tmp_path / "run/report.json").read_text())
   assert list(content["runs"]) == ["sft_seed0"] and content["runs"]["sft_seed0"]["answered"]["count"] == 3
   assert "## answered" in (tmp_path / "run/report.md").read_text()
+
+
+@pytest.mark.slow
+def test_dpo_breaks_limits_and_lift_follows_them(tmp_path):
+  """The signs of the paper's violations in a world that is trained in half a minute; wins need the variant tiny."""
+  config = config_of(
+    world__num_topics=3, world__num_words=12, world__relevant=5, world__mean_words=4.5, world__std_words=1.8,
+    world__max_words=8, world__max_limit=10,
+    base__examples=4000, base__model__num_layers=1, base__model__model_dim=24, base__train__steps=500,
+    data__prompts_per_topic=160, data__max_length=12, train__steps=500, train__batch_size=32,
+    arms__r_dpo_small__mix="", arms__r_dpo_large__mix="", arms__lift_nll__mix="", arms__lift_augmented_only__mix="",
+    evaluate__limits=(2, 3, 4, 5, 6), evaluate__scales=(), evaluate__answers_per_limit=12,
+    evaluate__answers_without_limit=40, evaluate__cases_per_topic=16,
+  )  # fmt: skip
+  main.run(config, tmp_path)
+  table = json.loads((tmp_path / "report.json").read_text())["table"]
+  violation = {arm: row["violation"]["estimate"] for arm, row in table.items()}
+  # 180 answers an arm: two standard errors of a difference are about 0.1.
+  assert violation["lift"] + 0.1 < violation["sft"] < violation["dpo"] - 0.05
+  broken = {arm: row["benchmark_violation"]["estimate"] for arm, row in table.items()}
+  assert broken["lift"] + 0.1 < broken["dpo"]
+  words = json.loads((tmp_path / "report.json").read_text())["curves"]["dpo"]["words"]
+  assert max(words) - min(words) < 3  # what the limit says does not matter to DPO

@@ -19,7 +19,7 @@ def run(context: StageContext) -> Artifact:
   """Trains every arm of every seed; those that finished earlier are not trained again."""
   config, language = context.config, settings.language_of(context)
   runs: dict[str, Any] = {}
-  for seed in config.seeds:
+  for seed in config.seeds if settings.arm_names(config) else ():
     plain = read_pairs(context.path(context.inputs["pairs"]["files"][str(seed)]["path"]))
     limited = read_pairs(context.path(context.inputs["augment"]["files"][str(seed)]["path"]))
     for arm in settings.arm_names(config):

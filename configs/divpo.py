@@ -6,7 +6,7 @@ Variants:
   tiny        the offline experiment: personas in a small language; minutes on two cores
   seeds       tiny with five seeds
   miniature   every stage in seconds, for tests; its numbers mean nothing
-  smollm      personas as JSON by a checkpoint that you name (SmolLM2-135M-Instruct was meant), with an adapter
+  smollm      first names by a checkpoint that you name (SmolLM2-135M-Instruct was meant), with an adapter
   paper       what is known of the paper's setting on a checkpoint that you name; unknown values are marked
 """
 
@@ -15,6 +15,12 @@ from ml_collections import ConfigDict
 from nr import names
 from nr.training.defaults import get_training_config
 
+SUBJECTS = (
+  "a pirate", "a nurse", "a queen", "a baker", "a sailor", "a dancer", "a farmer", "a wizard", "a singer", "a judge",
+  "a teacher", "a painter", "a soldier", "a pilot", "a gardener", "a doctor", "a poet", "a knight", "a spy", "a cook",
+  "a dragon", "a lawyer", "a fisherman", "a princess", "a carpenter", "a detective", "a robot", "a miner", "a hunter",
+  "a librarian", "an astronaut", "a clown", "a monk", "a tailor", "a violinist", "a shepherd",
+)  # fmt: skip
 VARIANTS = ("tiny", "seeds", "miniature", "smollm", "paper")
 
 
@@ -75,9 +81,15 @@ def _task() -> ConfigDict:
   """Returns what is written."""
   return ConfigDict(
     {
-      "kind": "world",  # world | json; json needs base.checkpoint
+      "kind": "world",  # world | json | answers; all but the world need base.checkpoint
       "world": {"num_values": 40, "exponent": 1.3, "malformed": 0.12},
       "json": {},  # instruction and attributes, where they are to be others than the recipe's
+      "answers": {
+        "template": "Give one first name for {subject}. Answer with the name only.",
+        "subjects": SUBJECTS[:20],
+        "held_out_subjects": SUBJECTS[20:],
+        "pattern": "[A-Z][a-z]{1,11}[.]?",
+      },
     }
   )
 
@@ -159,11 +171,11 @@ def _arms() -> ConfigDict:
 
 
 def _make_real(config: ConfigDict) -> None:
-  """Changes the config to personas as JSON, by a checkpoint."""
+  """Changes the config to short answers by a checkpoint, with an adapter: minutes on two cores."""
   with config.unlocked():
-    config.task.kind = "json"
+    config.task.kind = "answers"
     config.base.checkpoint = "CHECKPOINT"
-    config.sampling.update(dict(max_new_tokens=64, max_length=192, batch_size=64))
+    config.sampling.update(dict(num_samples=8, max_new_tokens=8, max_length=64, batch_size=64))
     config.adapter.update(dict(rank=16, alpha=32.0))
     config.arms = ConfigDict(
       {
@@ -172,14 +184,14 @@ def _make_real(config: ConfigDict) -> None:
       }
     )
     config.train = _training(
-      steps=50,
-      batch_size=4,
-      optimizer__learning_rate=2e-4,
+      steps=60,
+      batch_size=8,
+      optimizer__learning_rate=3e-4,
       schedule__name="constant",
       clip=1.0,
       log_every=5,
     )
-    config.evaluate.update(dict(samples=256))
+    config.evaluate.update(dict(samples=32))
 
 
 def _make_paper(config: ConfigDict) -> None:
@@ -190,6 +202,8 @@ def _make_paper(config: ConfigDict) -> None:
   to 0.2 of the peak. Ours: steps, batch size, N, no adapter.
   """
   with config.unlocked():
+    config.task.kind = "json"
+    config.sampling.update(dict(num_samples=16, max_new_tokens=64, max_length=192))
     config.adapter.rank = 0
     config.base.dtype = "bfloat16"
     config.arms = ConfigDict(

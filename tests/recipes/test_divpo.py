@@ -13,7 +13,7 @@ from nr.judges.protocol import Item
 from nr.recipes.divpo import checks, settings
 from nr.recipes.divpo.evaluate import winrate
 from nr.recipes.divpo.pairs import SelectionSpec, make_pairs
-from nr.recipes.divpo.personas import JsonPersonas, PersonaWorld
+from nr.recipes.divpo.personas import JsonPersonas, PersonaWorld, ShortAnswers
 from nr.recipes.stages import read_manifest
 
 WORLD = PersonaWorld(num_values=5)
@@ -112,6 +112,37 @@ def test_json_personas_are_read():
   assert task.read("{") is None
 
 
+def answers(**changes):
+  given = dict(
+    template="Name {subject}.", subjects=("a",), held_out_subjects=("b",), pattern="[A-Z][a-z]+[.]?"
+  )
+  return ShortAnswers(**{**given, **changes})
+
+
+def test_short_answers_are_read_by_their_pattern():
+  task = answers()
+  assert [each.id for each in task.prompts()] == ["a"] and [each.id for each in task.held_out()] == ["b"]
+  assert task.prompts()[0].prompt[0]["content"] == "Name a."
+  assert task.read(" Ada.\n") == task.read("Ada") == {"answer": "ada"}
+  assert task.read("Ada Smith") is None and task.read("") is None
+  for changes, message in (
+    (dict(template="Name."), "no slot"),
+    (dict(subjects=("b",)), "'b' is in subjects and in held_out_subjects"),
+    (dict(pattern="["), "pattern"),
+    (dict(subjects=()), "give subjects"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      answers(**changes)
+
+
+def test_a_checkpoint_that_is_not_there_is_named():
+  config = get_config("smollm")
+  config.train.batch_size = config.base.train.batch_size = 16
+  config.base.checkpoint = "/nowhere"
+  with pytest.raises(ValueError, match="base.checkpoint='/nowhere': there is no such file"):
+    checks.validate(config)
+
+
 def test_winrates_count_ties_half_and_skip_what_has_no_score():
   assert winrate(np.array([1.0, 0, 1, np.nan]), np.array([0.0, 0, 1, 1])) == pytest.approx(2 / 3)
   assert winrate(np.array([np.nan]), np.array([0.0])) is None
@@ -141,7 +172,8 @@ def test_published_configs_are_valid(variant, tmp_path):
     ("arms.divpo_online.select.criterion", "frequenzy", "did you mean 'frequency'"),
     ("arms.dpo_online.loss.beta", -1.0, r"arms.dpo_online.loss: beta=-1"),
     ("arms.dpo_online.steps_per_round", -1, "give 0 or more"),
-    ("base.checkpoint", "/nowhere", "no such file"),
+    ("base.checkpoint", "/nowhere", "everything else by a checkpoint"),
+    ("task.kind", "anwsers", "did you mean 'answers'"),
   ],
 )
 def test_mistakes_are_named_before_anything_runs(field, value, message):

@@ -38,6 +38,7 @@ def validate(config: Any) -> None:
     )
   _check_arms(config)
   settings.adapter_spec(config)
+  settings.task_of(config)
   if settings.is_toy(config):
     _check_toy(config)
   elif not pathlib.Path(config.base.checkpoint).expanduser().exists():

@@ -2,11 +2,11 @@
 
 import collections
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nr.generators.protocol import Request, Sample
+from nr.generators.protocol import Request, Sample, samples_by_request
 from nr.judges import diversity
 from nr.judges.protocol import Item
 from nr.recipes.divpo import settings
@@ -20,7 +20,7 @@ NAMED = 8
 
 
 def run(context: StageContext) -> Artifact:
-  """Samples from every model and measures; the texts are kept in texts.jsonl."""
+  """Samples from every model and measures; the texts are kept, a file a model."""
   config, language = context.config, settings.language_of(context.config)
   trained = context.inputs["arms"]
   runs: dict[str, Any] = {}
@@ -29,73 +29,117 @@ def run(context: StageContext) -> Artifact:
     models |= {arm: trained["runs"][run_name(arm, seed)] for arm in trained["arms"]}
     base_scores = None
     for arm, entry in models.items():
-      samples, scores = _sampled(context, language, entry, seed)
-      _keep(context, run_name(arm, seed), samples, scores)
+      drawn = _sampled(context, language, entry, seed)
+      _keep(context, run_name(arm, seed), drawn)
+      scores = np.concatenate([each.scores for each in drawn])
       base_scores = scores if base_scores is None else base_scores
       runs[run_name(arm, seed)] = {
-        **measure(settings.task_of(config), samples, scores, config.evaluate.pool_size),
+        **measure(settings.task_of(config), drawn, config.evaluate.pool_size),
         "winrate": winrate(scores, base_scores),
       }
   return {"runs": runs, "arms": [settings.BASE, *trained["arms"]], "seeds": list(config.seeds)}
 
 
+class Drawn(NamedTuple):
+  """What a model wrote for one prompt.
+
+  Attributes:
+    id: of the prompt.
+    samples: texts.
+    scores: of each, NaN where there is none.
+  """
+
+  id: str
+  samples: list[Sample]
+  scores: np.ndarray
+
+
 def _sampled(
   context: StageContext, language: settings.Language, entry: dict[str, Any], seed: int
-) -> tuple[list[Sample], np.ndarray]:
-  """Draws the samples of a model and scores them; NaN where there is no score."""
+) -> list[Drawn]:
+  """Draws and scores the samples of a model, for every prompt that was held out."""
   config = context.config
   model, task = load_model(context.path(entry["model"])), settings.task_of(config)
   generator = settings.make_generator(config, model.spec, model.params, language, model.fingerprint)
   count, size = config.evaluate.samples, config.sampling.batch_size
   requests = [
     Request(
-      f"evaluate/{prompt.id}/{start}",
+      f"{prompt.id}/{start}",
       prompt.prompt,
       num_samples=min(size, count - start),
       max_new_tokens=config.sampling.max_new_tokens,
       chain=config.evaluate.chain,
       seed=config.seed + seed,
     )
-    for prompt in task.prompts()
+    for prompt in task.held_out()
     for start in range(0, count, size)
   ]
-  samples = sorted(generator.generate(requests), key=lambda each: (each.request_id, each.index))
+  by_request = samples_by_request(requests, generator.generate(requests))
+  by_prompt: dict[str, list[Sample]] = {}
+  for request, samples in zip(requests, by_request):
+    by_prompt.setdefault(request.id.rsplit("/", 1)[0], []).extend(samples)
+  return [Drawn(id, samples, _scores(task, samples)) for id, samples in by_prompt.items()]
+
+
+def _scores(task: Task, samples: list[Sample]) -> np.ndarray:
   items = [Item(f"{each.request_id}/{each.index}", "", each.text or "") for each in samples]
   scores = [judged.score for judged in task.judge().judge(items)]
-  return samples, np.array([np.nan if score is None else score for score in scores])
+  return np.array([np.nan if score is None else score for score in scores])
 
 
-def _keep(context: StageContext, name: str, samples: list[Sample], scores: np.ndarray) -> None:
+def _keep(context: StageContext, name: str, drawn: list[Drawn]) -> None:
   lines = [
-    json.dumps({"text": sample.text, "score": None if np.isnan(score) else float(score)})
-    for sample, score in zip(samples, scores)
+    json.dumps({"prompt": each.id, "text": sample.text, "score": None if np.isnan(score) else float(score)})
+    for each in drawn
+    for sample, score in zip(each.samples, each.scores)
   ]
   (context.directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def measure(task: Task, samples: list[Sample], scores: np.ndarray, pool_size: int) -> dict[str, Any]:
-  """Returns the measurements of one model's texts (arXiv 2501.18101, section 4, metrics).
+def measure(task: Task, drawn: list[Drawn], pool_size: int) -> dict[str, Any]:
+  """Returns the measurements of one model's texts: means over prompts, and the numbers of each prompt.
 
   Args:
     task: reads attributes; only valid texts count towards their diversity.
-    samples: texts.
-    scores: of each, NaN where there is none.
+    drawn: what it wrote, by prompt.
     pool_size: texts of a pool, for what depends on how many there are (unique words,
       compression, self-BLEU): the mean over pools of this size is given.
   """
-  personas = [found for found in (task.read(sample.text or "") for sample in samples) if found is not None]
-  texts = [sample.text or "" for sample in samples]
+  by_prompt = {each.id: _of_prompt(task, each, pool_size) for each in drawn}
+  fields = next(iter(by_prompt.values()))
+  means = {
+    field: _mean([found[field] for found in by_prompt.values()])
+    for field, value in fields.items()
+    if not isinstance(value, dict)
+  }
+  pools = {
+    field: _mean([found["pools"].get(field) for found in by_prompt.values()]) for field in fields["pools"]
+  }
+  return {**means, "pools": pools, "by_prompt": by_prompt}
+
+
+def _mean(values: list[float | None]) -> float | None:
+  """Returns the mean of what there is."""
+  there = [value for value in values if value is not None]
+  return float(np.mean(there)) if there else None
+
+
+def _of_prompt(task: Task, drawn: Drawn, pool_size: int) -> dict[str, Any]:
+  """Returns the measurements of the texts for one prompt."""
+  texts = [sample.text or "" for sample in drawn.samples]
+  personas = [found for found in map(task.read, texts) if found is not None]
   pools = [texts[start : start + pool_size] for start in range(0, len(texts) - pool_size + 1, pool_size)]
   by_pool = [diversity.pool_metrics(pool) for pool in pools]
+  lengths = [len(sample.tokens) for sample in drawn.samples if sample.tokens is not None]
+  log_probs = [sample.log_probs for sample in drawn.samples if sample.log_probs is not None]
   found: dict[str, Any] = {
-    "samples": len(samples),
-    "validity": len(personas) / len(samples),
-    "mean_score": float(np.nanmean(scores)) if np.isfinite(scores).any() else None,
-    "mean_tokens": float(np.mean([len(sample.tokens) for sample in samples])),
-    "sequence_entropy": diversity.sequence_entropy([sample.log_probs for sample in samples]),
-    "pools": {
-      name: float(np.mean([each[name] for each in by_pool])) for name in (by_pool[0] if by_pool else ())
-    },
+    "samples": len(texts),
+    "validity": len(personas) / len(texts),
+    "distinct_valid": len({tuple(each.values()) for each in personas}) / len(texts),
+    "mean_score": _mean([float(score) for score in drawn.scores if np.isfinite(score)]),
+    "mean_tokens": _mean(lengths),
+    "sequence_entropy": diversity.sequence_entropy(log_probs),
+    "pools": {name: _mean([each[name] for each in by_pool]) for name in (by_pool[0] if by_pool else ())},
   }
   if not personas:
     nothing = dict.fromkeys(("uniqueness", "top_share", "attribute_entropy", "values"))
@@ -109,13 +153,14 @@ def measure(task: Task, samples: list[Sample], scores: np.ndarray, pool_size: in
     }
     for attribute, each in statistics.items()
   }
-  means = {
-    "uniqueness": float(np.mean([each.uniqueness for each in statistics.values()])),
-    "top_share": float(np.mean([each.top_share for each in statistics.values()])),
-    "attribute_entropy": float(np.mean([each.entropy for each in statistics.values()])),
-    "values": float(np.mean([each["values"] for each in attributes.values()])),
+  return {
+    **found,
+    "attributes": attributes,
+    "uniqueness": _mean([each.uniqueness for each in statistics.values()]),
+    "top_share": _mean([each.top_share for each in statistics.values()]),
+    "attribute_entropy": _mean([each.entropy for each in statistics.values()]),
+    "values": _mean([each["values"] for each in attributes.values()]),
   }
-  return {**found, "attributes": attributes, **means}
 
 
 def winrate(scores: np.ndarray, others: np.ndarray) -> float | None:

@@ -5,6 +5,7 @@ method does to diversity shows.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -29,6 +30,10 @@ class Task(Protocol):
 
   def prompts(self) -> list[PoolPrompt]:
     """Returns the prompts that pools are drawn for."""
+    ...
+
+  def held_out(self) -> list[PoolPrompt]:
+    """Returns the prompts that models are measured on."""
     ...
 
   def judge(self) -> Judge:
@@ -76,6 +81,10 @@ class PersonaWorld(Spec):
   def prompts(self) -> list[PoolPrompt]:
     """Returns the one prompt."""
     return [PoolPrompt("persona", self.prompt)]
+
+  def held_out(self) -> list[PoolPrompt]:
+    """Returns the same one: there is no other."""
+    return self.prompts()
 
   def judge(self) -> Judge:
     """Returns the rule: 1 for a valid persona."""
@@ -133,7 +142,11 @@ class JsonPersonas(Spec):
 
   def prompts(self) -> list[PoolPrompt]:
     """Returns the one prompt, a user's turn."""
-    return [PoolPrompt("persona", ({"role": "user", "content": self.instruction},))]
+    return [_asked("persona", self.instruction)]
+
+  def held_out(self) -> list[PoolPrompt]:
+    """Returns the same one: there is no other."""
+    return self.prompts()
 
   def judge(self) -> Judge:
     """Returns the rule: 1 for a JSON object with these keys."""
@@ -146,3 +159,59 @@ class JsonPersonas(Spec):
       return None
     values = {attribute: judged.details["object"][attribute].strip() for attribute in self.attributes}
     return values if all(values.values()) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortAnswers(Spec):
+  """Questions with many right answers of a form that a regular expression says; the task is ours.
+
+  Attributes:
+    template: of an instruction, with a slot {subject}.
+    subjects: that models are trained on.
+    held_out_subjects: that they are measured on.
+    pattern: of a whole valid answer, spaces around it taken off.
+  """
+
+  template: str
+  subjects: tuple[str, ...]
+  held_out_subjects: tuple[str, ...]
+  pattern: str
+
+  attributes = ("answer",)
+
+  def __post_init__(self):
+    if "{subject}" not in self.template:
+      raise ValueError(f"task.answers.template={self.template!r}: it has no slot {{subject}}")
+    if not self.subjects or not self.held_out_subjects:
+      raise ValueError("task.answers: give subjects and held_out_subjects")
+    both = set(self.subjects) & set(self.held_out_subjects)
+    if both:
+      raise ValueError(f"task.answers: {sorted(both)[0]!r} is in subjects and in held_out_subjects")
+    try:
+      re.compile(self.pattern)
+    except re.error as error:
+      raise ValueError(f"task.answers.pattern={self.pattern!r}: {error}") from error
+
+  def prompts(self) -> list[PoolPrompt]:
+    """Returns a question for each subject of training."""
+    return [_asked(subject, self.template.format(subject=subject)) for subject in self.subjects]
+
+  def held_out(self) -> list[PoolPrompt]:
+    """Returns a question for each subject that is kept back."""
+    return [_asked(subject, self.template.format(subject=subject)) for subject in self.held_out_subjects]
+
+  def judge(self) -> Judge:
+    """Returns the rule: 1 for an answer of the form."""
+    return Rule(lambda item: self.read(item.response) is not None, "an answer of the form")
+
+  def read(self, text: str) -> dict[str, str] | None:
+    """Returns the answer, case and a full stop at its end left out; None if it has another form."""
+    answer = text.strip()
+    return {"answer": answer.rstrip(".").lower()} if re.fullmatch(self.pattern, answer) else None
+
+
+def _asked(id: str, instruction: str) -> PoolPrompt:
+  return PoolPrompt(id, ({"role": "user", "content": instruction},))
+
+
+TASKS = {"world": PersonaWorld, "json": JsonPersonas, "answers": ShortAnswers}

@@ -1,5 +1,6 @@
 """Stage `report`: report.json for programs, report.md and plots for people."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from nr.training.writers import read_metrics
 # Columns of the table: field of a run's measurements, title, digits, and what is better.
 MEASURES = {
   "validity": ("valid", 3),
+  "distinct_valid": ("different valid texts over texts", 3),
   "attribute_entropy": ("attribute entropy, nats", 2),
   "top_share": ("share of the most frequent value", 3),
   "values": ("values seen", 1),
@@ -30,6 +32,8 @@ POOL_MEASURES = {
   "compression_ratio": "compression ratio (lower)",
   "self_bleu": "self-BLEU (lower)",
 }
+# Fields that every prompt has, for intervals over prompts.
+PROMPT_MEASURES = ("validity", "distinct_valid", "mean_tokens")
 TRAINING = ("preference_loss", "reward_accuracy", "reward_margin", "chosen_log_prob", "rejected_log_prob")
 
 
@@ -62,6 +66,7 @@ def gather(context: StageContext) -> dict[str, Any]:
     "table": {
       arm: {field: over_seeds(each) for field, each in fields.items()} for arm, fields in values.items()
     },
+    "over_prompts": over_prompts(measured),
     "entropy_over_base": {
       arm: paired(values[arm]["attribute_entropy"], values[settings.BASE]["attribute_entropy"])
       for arm in arms
@@ -85,6 +90,29 @@ def over_seeds(values: list[float | None]) -> dict[str, float] | None:
   if len(values) == 1:
     return Interval(values[0], float("-inf"), float("inf"))._asdict()
   return bootstrap_ratio(np.array(values), np.ones(len(values)), seed=0)._asdict()
+
+
+def over_prompts(measured: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Returns 95 % intervals over the prompts of the first seed, and of the differences between arms.
+
+  None where there is one prompt. Prompts, not texts, are resampled.
+  """
+  arms, seed = measured["arms"], measured["seeds"][0]
+  runs = {arm: measured["runs"][run_name(arm, seed)]["by_prompt"] for arm in arms}
+  prompts = list(runs[arms[0]])
+  if len(prompts) < 2:
+    return None
+  ones, found = np.ones(len(prompts)), {}
+  for field in PROMPT_MEASURES:
+    values = {arm: np.array([runs[arm][prompt][field] for prompt in prompts], float) for arm in arms}
+    found[field] = {
+      "arms": {arm: bootstrap_ratio(each, ones, seed=0)._asdict() for arm, each in values.items()},
+      "differences": {
+        f"{arm} minus {other}": paired_difference(values[arm], values[other])._asdict()
+        for arm, other in itertools.permutations(arms, 2)
+      },
+    }
+  return {"prompts": len(prompts), "measures": found}
 
 
 def paired(first: list[float | None], second: list[float | None]) -> dict[str, float] | None:
@@ -180,6 +208,7 @@ def render(report: Mapping[str, Any]) -> str:
     "Validity first: diversity is measured over valid texts alone, and a model that writes few of them can look "
     "diverse. Uniqueness and values seen depend on the number of samples, which is the same for all.",
     "![entropy](plots/attribute_entropy.png)\n\n![validity](plots/validity.png)",
+    *(prompts_section(report["over_prompts"]) if report["over_prompts"] else []),
     "## Pools of all texts",
     table(["model", *POOL_MEASURES.values()], pool_rows),
     "## Training, last step",
@@ -190,6 +219,24 @@ def render(report: Mapping[str, Any]) -> str:
     f"Seconds by stage: {report['seconds']}",
   ]
   return "\n\n".join(sections) + "\n"
+
+
+def prompts_section(found: Mapping[str, Any]) -> list[str]:
+  """Returns the section with intervals over prompts."""
+  measures = found["measures"]
+  arms = list(measures[PROMPT_MEASURES[0]]["arms"])
+  rows = [[arm, *(cell(measures[field]["arms"][arm], 3) for field in PROMPT_MEASURES)] for arm in arms]
+  differences = [
+    [name, *(cell(measures[field]["differences"][name], 3) for field in PROMPT_MEASURES)]
+    for name in measures[PROMPT_MEASURES[0]]["differences"]
+  ]
+  titles = [MEASURES[field][0] for field in PROMPT_MEASURES]
+  return [
+    f"## Over {found['prompts']} held-out prompts, first seed",
+    table(["model", *titles], rows),
+    table(["difference", *titles], differences),
+    "Means over prompts with 95 % bootstrap intervals; differences are paired by prompt (Student's t).",
+  ]
 
 
 def _mean_of_pools(report: Mapping[str, Any], arm: str, field: str) -> float | None:

@@ -8,10 +8,11 @@ from nr.data.examples import LengthLimits, PlainText
 from nr.generators.checkpoints import Checkpoint, make_network, open_checkpoint
 from nr.generators.in_process import InProcess
 from nr.models.lora import LoraSpec, merge
+from nr.names import unknown
 from nr.objectives.preference import PreferenceSpec
 from nr.recipes.cocomix.settings import training_config
 from nr.recipes.divpo.pairs import SelectionSpec
-from nr.recipes.divpo.personas import JsonPersonas, PersonaWorld, Task
+from nr.recipes.divpo.personas import TASKS, Task
 from nr.recipes.sampling_rounds import RoundSpec
 from nr.training.policy import Policy, full_policy, lora_policy
 
@@ -40,8 +41,15 @@ def is_toy(config: Any) -> bool:
 
 def task_of(config: Any) -> Task:
   """Returns what is written."""
-  kind = PersonaWorld if is_toy(config) else JsonPersonas
-  return kind.from_dict(config.task["world" if is_toy(config) else "json"].to_dict())
+  kind = config.task.kind
+  if kind not in TASKS:
+    raise ValueError(unknown("task.kind", kind, TASKS))
+  if (kind == "world") != is_toy(config):
+    raise ValueError(
+      f"task.kind={kind!r} and base.checkpoint={config.base.checkpoint!r}: 'world' is written by a model "
+      "pre-trained in the run, everything else by a checkpoint"
+    )
+  return TASKS[kind].from_dict(config.task[kind].to_dict())
 
 
 def open_base_checkpoint(config: Any) -> Checkpoint:

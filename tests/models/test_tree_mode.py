@@ -7,7 +7,7 @@ import sys
 PROGRAM = """
 import jax, jax.numpy as jnp
 from flax import nnx
-from nr.models import parameters
+from nr.models import lora, parameters
 from nr.models.transformer import Transformer, TransformerSpec
 from nr.objectives.language_modeling import next_token_loss
 
@@ -27,6 +27,10 @@ for spec in (TransformerSpec.gpt2(**sizes, max_length=8), TransformerSpec.llama(
   logits, cache = jax.jit(lambda params, cache: parameters.merge(graphdef, params).extend(tokens, cache))(
     params, model.init_cache(1, 6))
   assert float(jnp.abs(logits - model(tokens)).max()) < 1e-5
+  low = lora.LoraSpec(rank=2)
+  adapter = lora.init_adapter(low, params, jax.random.key(0))
+  gradients = jax.jit(jax.grad(lambda adapter: loss(lora.attach(params, adapter, low))))(adapter)
+  assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)) > 0
 print("tree mode works")
 """
 

@@ -12,7 +12,7 @@ TITLES = {
   "r_dpo_large": "R-DPO, large alpha",
   "lift_augmented_only": "LIFT, D' only",
   "lift": "LIFT, D plus D'",
-  "lift_nll": "LIFT with NLL",
+  "lift_no_nll": "LIFT, D plus D', no NLL",
 }
 
 

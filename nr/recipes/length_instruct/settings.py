@@ -13,7 +13,7 @@ from nr.recipes.length_instruct.toy import World
 from nr.recipes.stages import StageContext
 from nr.training.model_files import load_model
 
-ARMS = ("dpo", "r_dpo_small", "r_dpo_large", "lift_augmented_only", "lift", "lift_nll")
+ARMS = ("dpo", "r_dpo_small", "r_dpo_large", "lift_augmented_only", "lift", "lift_no_nll")
 REFERENCE_ARM = "sft"
 """The model that every arm begins from, measured like an arm."""
 

@@ -53,19 +53,20 @@ def winrate(
     raise ValueError("winrate: give at least one seed, and at least one prompt of every task")
   random = np.random.default_rng(seed)
   estimate = np.mean([np.mean([values.mean() for values in tasks.values()]) for tasks in points])
-  rows = np.arange(samples)
   total_B = np.zeros(samples)
   for _ in points:
-    means_SB = np.stack([_resampled(tasks, random, samples) for tasks in points])
-    total_B += means_SB[random.integers(0, len(points), samples), rows]
+    drawn_B = random.integers(0, len(points), samples)
+    for number, tasks in enumerate(points):
+      rows = np.flatnonzero(drawn_B == number)
+      total_B[rows] += _resampled(tasks, random, len(rows))
   low, high = np.quantile(total_B / len(points), [(1 - level) / 2, (1 + level) / 2])
   return Interval(float(estimate), float(low), float(high))
 
 
 def _resampled(tasks: Mapping[str, np.ndarray], random: np.random.Generator, samples: int) -> np.ndarray:
+  """Returns [samples], means over tasks of means over prompts drawn with replacement."""
   means = []
   for values in tasks.values():
-    count = len(values)
-    counts_BP = random.multinomial(count, np.full(count, 1 / count), size=samples)
-    means.append(counts_BP @ np.asarray(values, np.float64) / count)
+    picked = random.integers(0, len(values), (samples, len(values)), np.int32)
+    means.append(np.asarray(values, np.float64)[picked].mean(axis=1))
   return np.mean(means, axis=0)

@@ -1,6 +1,8 @@
 """Stage `evaluate`: every head against fixed settings and other adaptive rules, on new prompts."""
 
 import itertools
+import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +12,7 @@ from nr.evaluation.winrates import winrate, wins
 from nr.generation.language_models import Network
 from nr.recipes.adaptive_decoding import families, language_model, pairs, pools, settings
 from nr.recipes.adaptive_decoding.sampling import Written, with_head, write
-from nr.recipes.stages import Artifact, StageContext
+from nr.recipes.stages import Artifact, StageContext, write_json
 from nr.training.model_files import load_model
 
 Scores = dict[str, dict[str, np.ndarray]]
@@ -23,12 +25,8 @@ def run(context: StageContext) -> Artifact:
   for name, experiment in config.experiments.items():
     scores, picks = {}, {}
     for seed in config.seeds:
-      scores[seed], picks[str(seed)] = evaluate_seed(context, name, experiment, seed)
-      np.savez_compressed(
-        context.directory / f"{name}_seed{seed}.npz",
-        **{
-          f"{arm}/{family}": values for arm, tasks in scores[seed].items() for family, values in tasks.items()
-        },
+      scores[seed], picks[str(seed)] = _finished(context.directory / f"{name}_seed{seed}") or _evaluate(
+        context, name, experiment, seed
       )
     artifact[name] = {
       "arms": {arm: rewards_of(scores, arm) for arm in scores[config.seeds[0]]},
@@ -36,6 +34,28 @@ def run(context: StageContext) -> Artifact:
       "winrates": winrates(config, scores),
     }
   return artifact
+
+
+def _evaluate(context: StageContext, name: str, experiment: Any, seed: int) -> tuple[Scores, dict]:
+  """Evaluates a seed and keeps the result, so that an interrupted stage goes on behind it."""
+  scores, picks = evaluate_seed(context, name, experiment, seed)
+  arrays = {f"{arm}/{family}": values for arm, tasks in scores.items() for family, values in tasks.items()}
+  stem = context.directory / f"{name}_seed{seed}"
+  np.savez_compressed(stem.with_suffix(".npz"), **arrays)
+  write_json(stem.with_suffix(".json"), picks)  # Last: it says that the other file is whole.
+  return scores, picks
+
+
+def _finished(stem: pathlib.Path) -> tuple[Scores, dict] | None:
+  """Returns what an earlier attempt kept, if it got so far."""
+  if not stem.with_suffix(".json").exists():
+    return None
+  scores: Scores = {}
+  with np.load(stem.with_suffix(".npz"), allow_pickle=False) as arrays:
+    for key in arrays.files:
+      arm, _, family = key.rpartition("/")
+      scores.setdefault(arm, {})[family] = arrays[key]
+  return scores, json.loads(stem.with_suffix(".json").read_text())
 
 
 def evaluate_seed(context: StageContext, name: str, experiment: Any, seed: int) -> tuple[Scores, dict]:

@@ -135,13 +135,16 @@ def _arm(
   select: dict | None = None,
   steps: int = 0,
   learning_rate: float = 0.0,
+  group: dict | None = None,
   **loss,
 ) -> dict:
-  """Returns an arm: which pairs it picks (fields of SelectionSpec), when, and its loss (of PreferenceSpec)."""
+  """Returns an arm: which pairs it picks (fields of SelectionSpec), when, and its loss (of PreferenceSpec, or of
+  GroupRelativeSpec for "grpo")."""
   picked = {"method": method, "criterion": "probability", "rho": 0.0, "tie_policy": "diversity_only"}
   return {
     "select": {**picked, **(select or {})},
     "loss": {"beta": 0.1, **loss},
+    "group": group or {},
     "steps_per_round": 1 if is_online else 0,  # 0: offline, one round for the whole run
     "prompts_per_round": 0,  # 0: as many as its steps take pairs
     "sync_reference_every": 0,  # 0: the reference stays the base
@@ -162,6 +165,10 @@ def _arms() -> ConfigDict:
       "divpo_skip_online": _arm("divpo", select={"tie_policy": "skip"}, **online),
       "frequency_online": _arm("divpo", select={"criterion": "attribute_frequency"}, **online),
       "random_online": _arm("divpo", select={"criterion": "random", "tie_policy": "skip"}, **online),
+      "grpo_online": _arm("grpo", **online),
+      "darling_online": _arm(
+        "grpo", select={"reward": "score_times_diversity", "criterion": "attribute_frequency"}, **online
+      ),
       "dpo_offline": _arm("dpo", **offline, nll_weight=0.3),
       "divpo_offline": _arm("divpo", **offline, nll_weight=0.3),
       "dpo_offline_no_nll": _arm("dpo", **offline),
@@ -239,5 +246,11 @@ def _make_miniature(config: ConfigDict) -> None:
     config.evaluate.update(dict(samples=64))
     for arm in ("dpo_offline", "divpo_offline", "divpo_offline_no_nll"):
       config.arms[arm].update(dict(steps=4, learning_rate=1e-3))
-    for arm in ("divpo_skip_online", "frequency_online", "random_online", "dpo_offline_no_nll"):
+    for arm in (
+      "divpo_skip_online",
+      "frequency_online",
+      "random_online",
+      "dpo_offline_no_nll",
+      "grpo_online",
+    ):
       config.arms[arm].select.method = ""

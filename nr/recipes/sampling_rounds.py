@@ -27,12 +27,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nr.data.example_batches import ExampleBatches, padded_batches
+from nr.data.example_batches import padded_batches
 from nr.data.examples import EncodedExample, EncodingReport, LeftOut, LengthLimits, join
 from nr.data.pools import Pool, PoolSample, PoolWriter, read_pools
 from nr.data.preferences import PreferencePair
 from nr.generators.protocol import Generator, Request, Sample, samples_by_request
 from nr.judges.protocol import Item, Judge
+from nr.objectives.group_relative import GroupRelativeSpec, group_advantages
 from nr.training.fingerprint import fingerprint
 from nr.training.policy import Policy
 
@@ -215,8 +216,23 @@ def _record(sample: Sample, score: float | None, details: Mapping[str, Any]) -> 
   )
 
 
+class Prepared(NamedTuple):
+  """Pools made ready to be learnt from.
+
+  Attributes:
+    examples: pairs, or single responses.
+    report: what was left out, and why.
+    columns: further fields of the batches, [examples, ...]: row i belongs to example i;
+      with an axis of tokens they are aligned with the targets and padded with 0.
+  """
+
+  examples: list[EncodedExample]
+  report: EncodingReport
+  columns: Mapping[str, np.ndarray] = {}
+
+
 class RoundBatches:
-  """Batches of pairs that the policy under training makes for itself; data for `nr.training.loop.train`.
+  """Batches of examples that the policy under training makes for itself; data for `nr.training.loop.train`.
 
   Args:
     directory: gets a file of pools a round, and rounds.jsonl with what each came to.
@@ -225,11 +241,11 @@ class RoundBatches:
       `nr.generators.in_process.InProcess`.
     judge: scores responses.
     prompts: to draw pools for.
-    make_pairs: pools -> pairs, with tokens.
+    prepare: (pools, most tokens of an example) -> examples; see `pairs_of` and `groups_of`.
     spec: how rounds go.
-    batch_size: pairs a batch.
-    lengths: lengths that a batch may have, growing; a pair that fits none is left out
-      and counted. One length keeps the order of the pairs.
+    batch_size: examples a batch.
+    lengths: lengths that a batch may have, growing; an example that fits none is left out
+      and counted. One length keeps the order of the examples.
 
   Raises:
     ValueError: no prompts, or several processes (which are not supported).
@@ -242,7 +258,7 @@ class RoundBatches:
     generator: Any,
     judge: Judge,
     prompts: Sequence[PoolPrompt],
-    make_pairs: Callable[[list[Pool]], list[PreferencePair]],
+    prepare: Callable[[list[Pool], int], Prepared],
     spec: RoundSpec,
     batch_size: int,
     lengths: Sequence[int],
@@ -255,7 +271,7 @@ class RoundBatches:
         "in a run of their own and train on the pairs, or use one host"
       )
     self.directory, self.policy, self.generator, self.judge = directory, policy, generator, judge
-    self.prompts, self.make_pairs, self.spec = list(prompts), make_pairs, spec
+    self.prompts, self.prepare, self.spec = list(prompts), prepare, spec
     self.batch_size, self.lengths = batch_size, tuple(lengths)
     self._assemble = jax.jit(policy.assemble)
     directory.mkdir(parents=True, exist_ok=True)
@@ -286,10 +302,10 @@ class RoundBatches:
       name = fingerprint(params)
       generator = self.generator.with_params(self._assemble(params, self.policy.fixed), model=name)
       pools = draw_pools(self.path(round), prompts, generator, self.judge, self.spec, round, name)
-    examples, report = sampled_examples(self.make_pairs(pools), self.lengths[-1])
+    prepared = self.prepare(pools, self.lengths[-1])
     if params is not None:
-      self._note(round, pools, report, time.monotonic() - began)
-    return self._batches(round, examples)
+      self._note(round, pools, prepared.report, time.monotonic() - began)
+    return self._batches(round, prepared)
 
   def _complete_pools(self, round: int, prompts: list[PoolPrompt]) -> list[Pool]:
     path = self.path(round)
@@ -301,16 +317,24 @@ class RoundBatches:
       )
     return [found[prompt.id] for prompt in prompts]
 
-  def _batches(self, round: int, examples: list[EncodedExample]) -> Iterator[Batch]:
-    given, steps = 0, self.spec.steps_per_round
+  def _batches(self, round: int, prepared: Prepared) -> Iterator[Batch]:
+    given, steps, examples = 0, self.spec.steps_per_round, prepared.examples
     if examples:
       epochs = None if self.spec.is_repeated else 1
       batches = padded_batches(examples, self.batch_size, self.lengths, self._seed(round), epochs)
       for batch in itertools.islice(batches, steps):
         given += 1
-        yield batch
+        yield with_columns(batch, prepared.columns)
     for _ in range(given, steps):
-      yield empty_batch(self.batch_size, self.lengths[-1])
+      yield with_columns(self._empty(prepared), prepared.columns)
+
+  def _empty(self, prepared: Prepared) -> Batch:
+    """Returns a batch without an example: a step on it changes nothing but the optimizer's moments."""
+    nothing = np.zeros(2, np.int32), np.zeros(2, bool)
+    sides = 1 if prepared.columns else 2
+    example = EncodedExample("none", (nothing[0],) * sides, (nothing[1],) * sides, 0.0)
+    batch = next(iter(padded_batches([example], self.batch_size, self.lengths[-1:], None, 1)))
+    return {**batch, "indices": np.full_like(batch["indices"], -1)}
 
   def _seed(self, round: int) -> int | None:
     if not self.spec.is_repeated:
@@ -329,7 +353,7 @@ class RoundBatches:
       "unscored": len(samples) - len(scores),
       "mean_score": float(np.mean(scores)) if scores else None,
       "mean_tokens": float(np.mean(lengths)) if lengths else None,
-      "pairs": report.kept,
+      "examples": report.kept,
       "left_out": {reason: len(ids) for reason, ids in report.dropped.items()},
       "seconds": float(np.round(seconds, 3)),
     }
@@ -344,37 +368,113 @@ class _SampledText:
   end_id = -1
 
 
-def sampled_examples(
-  pairs: Sequence[PreferencePair], max_length: int
-) -> tuple[list[EncodedExample], EncodingReport]:
-  """Returns pairs that were sampled as examples, and the report of those that were left out.
+def sampled_example(
+  id: str,
+  prompt: Sequence[int],
+  responses: Sequence[Sequence[int]],
+  weight: float,
+  limits: LengthLimits,
+  report: EncodingReport,
+) -> EncodedExample | None:
+  """Returns sampled responses with their prompt; None, and why in the report, of what cannot be used.
+
+  Oldest prompt tokens are cut off where it is too long; responses are never cut.
+  """
+  report.total += 1
+  try:
+    if len(responses) == 2 and list(responses[0]) == list(responses[1]):
+      raise LeftOut("identical responses")
+    sides = [list(response) for response in responses]
+    if not all(sides):
+      raise LeftOut("empty response")
+    example = join(id, list(prompt), sides, weight, _SampledText(), limits, report)
+  except LeftOut as reason:
+    report.dropped[str(reason)].append(id)
+    return None
+  report.kept += 1
+  return example
+
+
+def pairs_of(
+  make_pairs: Callable[[list[Pool]], list[PreferencePair]],
+) -> Callable[[list[Pool], int], Prepared]:
+  """Returns how pools become pairs.
 
   Args:
-    pairs: with prompt_tokens, chosen_tokens and rejected_tokens.
-    max_length: most tokens of a prompt with a response. Oldest prompt tokens are cut off;
-      a pair whose responses alone do not fit, or are equal or empty, is left out.
+    make_pairs: pools -> pairs with prompt_tokens, chosen_tokens and rejected_tokens.
   """
-  report, limits, examples = EncodingReport(total=len(pairs)), LengthLimits(max_length), []
-  for pair in pairs:
-    sides = [list(pair.chosen_tokens), list(pair.rejected_tokens)]
-    try:
-      if sides[0] == sides[1]:
-        raise LeftOut("identical responses")
-      examples.append(
-        join(pair.id, list(pair.prompt_tokens), sides, pair.weight, _SampledText(), limits, report)
+
+  def prepare(pools: list[Pool], max_length: int) -> Prepared:
+    report, limits = EncodingReport(), LengthLimits(max_length)
+    found = [
+      sampled_example(
+        pair.id, pair.prompt_tokens, (pair.chosen_tokens, pair.rejected_tokens), pair.weight, limits, report
       )
-    except LeftOut as reason:
-      report.dropped[str(reason)].append(pair.id)
-  report.kept = len(examples)
-  return examples, report
+      for pair in make_pairs(pools)
+    ]
+    return Prepared([example for example in found if example is not None], report)
+
+  return prepare
 
 
-def empty_batch(batch_size: int, length: int) -> Batch:
-  """Returns a batch of slots without a pair: a step on it changes nothing but the optimizer's moments."""
-  nothing = np.zeros(2, np.int32), np.zeros(2, bool)
-  example = EncodedExample("none", (nothing[0], nothing[0]), (nothing[1], nothing[1]), 0.0)
-  batches: ExampleBatches = padded_batches([example], batch_size, (length,), None, 1)
-  return next(iter(batches))
+def groups_of(
+  spec: GroupRelativeSpec, make_rewards: Callable[[list[Pool]], np.ndarray] | None = None
+) -> Callable[[list[Pool], int], Prepared]:
+  """Returns how pools become single responses with advantages, for GRPO and its variants.
+
+  Args:
+    spec: how rewards become advantages.
+    make_rewards: pools -> rewards [B, G], NaN for what has none; None: the judge's scores.
+  """
+  make_rewards = make_rewards or scores_of
+
+  def prepare(pools: list[Pool], max_length: int) -> Prepared:
+    report, limits = EncodingReport(), LengthLimits(max_length)
+    rewards_BG = make_rewards(pools)
+    advantages_BG = np.asarray(group_advantages(spec, np.nan_to_num(rewards_BG), np.isfinite(rewards_BG)))
+    examples, advantages, log_probs = [], [], []
+    for pool, rewards_G, advantages_G in zip(pools, rewards_BG, advantages_BG):
+      for sample, reward, advantage in zip(pool.samples, rewards_G, advantages_G):
+        if not np.isfinite(reward):
+          continue
+        id = f"{pool.id}/{sample.index}"
+        example = sampled_example(id, pool.prompt_tokens, (sample.tokens,), 1.0, limits, report)
+        if example is not None:
+          row = np.zeros(max_length, np.float32)
+          first = len(example.tokens[0]) - len(sample.tokens) - 1  # the last prompt token predicts the first
+          row[first : first + len(sample.tokens)] = sample.log_probs
+          examples.append(example)
+          advantages.append(advantage)
+          log_probs.append(row)
+    columns = {
+      "advantages": np.array(advantages, np.float32).reshape(len(examples)),
+      "sampled_log_probs": np.array(log_probs, np.float32).reshape(len(examples), max_length),
+    }
+    return Prepared(examples, report, columns)
+
+  return prepare
+
+
+def scores_of(pools: list[Pool]) -> np.ndarray:
+  """Returns the scores of pools [B, G] float32, NaN where there is none."""
+  size = max(len(pool.samples) for pool in pools)
+  scores_BG = np.full((len(pools), size), np.nan, np.float32)
+  for row, pool in enumerate(pools):
+    for place, sample in enumerate(pool.samples):
+      if sample.score is not None:
+        scores_BG[row, place] = sample.score
+  return scores_BG
+
+
+def with_columns(batch: Batch, columns: Mapping[str, np.ndarray]) -> Batch:
+  """Returns a batch of single responses with the rows of columns that belong to its examples, 0 elsewhere."""
+  found = dict(batch)
+  for name, values in columns.items():
+    indices_R = batch["indices"][:, 0]
+    rows = np.zeros((len(indices_R), *values.shape[1:]), values.dtype)
+    rows[indices_R >= 0] = values[indices_R[indices_R >= 0]]
+    found[name] = rows[:, : batch["tokens"].shape[-1]] if values.ndim > 1 else rows
+  return found
 
 
 class RoundIterator(Iterator[Batch]):

@@ -19,6 +19,7 @@ from nr.objectives.sequence_scores import SequenceScores, first_tokens, sum_resp
 from nr.objectives.weighted import LossOutput, Weighted
 from nr.training.method import ALL, Method
 from nr.training.policy import Policy
+from nr.training.reference import make_reference
 
 PyTree = Any
 REFERENCES = ("frozen", "synced", "base", "precomputed")
@@ -40,12 +41,8 @@ def preference_method(
     policy: what is trained and where it begins.
     spec: the loss.
     reference: where the reference's log-probabilities come from, if the loss reads any:
-
-      - frozen: a copy of the parameters that training begins from;
-      - synced: the same, replaced by the current ones every `sync_every` updates
-        (iterative and online DPO; arXiv 2404.19733, 2402.04792);
-      - base: the fixed weights under an adapter, for which no copy is kept;
-      - precomputed: `reference_log_probs` of the batch (sums over whole responses).
+      a kind of `nr.training.reference.make_reference`, or "precomputed":
+      `reference_log_probs` of the batch (sums over whole responses).
     sync_every: updates between two copies; "synced" only.
     name: used in logs, checkpoints and errors.
     loss_chunk: tokens whose logits are held at a time; None holds all of them.
@@ -54,28 +51,25 @@ def preference_method(
   Raises:
     ValueError: an unknown reference, or one that the policy or the loss cannot have.
   """
-  if spec.needs_reference:
-    _check_reference(policy, spec, reference, sync_every)
+  if reference not in REFERENCES:
+    raise ValueError(names.unknown("reference", reference, REFERENCES))
   kind = reference if spec.needs_reference else "none"
+  if kind == "precomputed" and spec.needs_head:
+    raise ValueError(
+      f"ld_alpha={spec.ld_alpha}: precomputed reference sums cover whole responses; choose reference='frozen'"
+    )
+  # Sums that come with the batch need no model.
+  its = make_reference(policy, "none" if kind == "precomputed" else kind, sync_every)
   score = _scorer(policy, spec, loss_chunk)
-  frozen, frozen_axes = {"policy": policy.fixed}, {"policy": policy.fixed_axes}
-  if kind == "frozen":
-    frozen["reference"], frozen_axes["reference"] = policy.start, policy.axes
-
-  def reference_params(frozen: PyTree, extra: PyTree) -> PyTree | None:
-    if kind == "base":
-      return policy.base(frozen["policy"])
-    trained = {"frozen": frozen.get("reference"), "synced": extra}.get(kind)
-    return None if trained is None else policy.assemble(trained, frozen["policy"])
 
   def loss(params: PyTree, frozen: PyTree, extra: PyTree, batch: PyTree, key: jax.Array) -> LossOutput:
     del key  # Both models are read without dropout: their difference must be 0 where they agree.
     sides = score(policy.assemble(params, frozen["policy"]), batch)
-    fixed = reference_params(frozen, extra)
+    fixed = its.params(frozen, extra)
     if fixed is not None:
       sides = [
-        own._replace(reference=its.policy, reference_head=its.policy_head)
-        for own, its in zip(sides, jax.lax.stop_gradient(score(fixed, batch)))
+        own._replace(reference=other.policy, reference_head=other.policy_head)
+        for own, other in zip(sides, jax.lax.stop_gradient(score(fixed, batch)))
       ]
     elif kind == "precomputed":
       sides = [
@@ -96,42 +90,17 @@ def preference_method(
     }
     return LossOutput(total, watched)
 
-  def sync(extra: PyTree, params: PyTree, statistics: PyTree, step: jax.Array) -> PyTree:
-    del statistics
-    is_due = (step + 1) % sync_every == 0
-    return jax.tree.map(lambda old, new: jnp.where(is_due, new, old), extra, params)
-
-  settings: dict[str, Any] = {}
-  if kind == "synced":
-    settings = dict(init_extra=lambda params: jax.tree.map(jnp.copy, params), update_extra=sync)
   return Method(
     name=name,
     init=policy.init,
     start=policy.start,
     loss=loss,
     axes=policy.axes,
-    frozen=frozen,
-    frozen_axes=frozen_axes,
+    frozen=its.frozen,
+    frozen_axes=its.frozen_axes,
     decay=decay,
-    **settings,
+    **its.method_settings,
   )
-
-
-def _check_reference(policy: Policy, spec: PreferenceSpec, reference: str, sync_every: int) -> None:
-  if reference not in REFERENCES:
-    raise ValueError(names.unknown("reference", reference, REFERENCES))
-  if reference == "synced" and sync_every < 1:
-    raise ValueError(f"sync_every={sync_every}: reference='synced' needs 1 update or more between two copies")
-  if reference != "synced" and sync_every:
-    raise ValueError(
-      f"sync_every={sync_every}: reference={reference!r} is never replaced; set it to 0 or choose 'synced'"
-    )
-  if reference == "base" and policy.base is None:
-    raise ValueError("reference='base': all of this policy is trained; choose 'frozen', or train an adapter")
-  if reference == "precomputed" and spec.needs_head:
-    raise ValueError(
-      f"ld_alpha={spec.ld_alpha}: precomputed reference sums cover whole responses; choose reference='frozen'"
-    )
 
 
 def _counted(batch: PyTree) -> Weighted:

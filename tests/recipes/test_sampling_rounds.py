@@ -14,21 +14,25 @@ from nr.generators.in_process import InProcess
 from nr.judges.protocol import Rule
 from nr.models import parameters
 from nr.models.transformer import TransformerSpec
+from nr.objectives.group_relative import GroupRelativeSpec
 from nr.objectives.preference import PreferenceSpec
 from nr.objectives.sequence_scores import token_statistics
 from nr.recipes.sampling_rounds import (
   PoolPrompt,
   RoundBatches,
   RoundSpec,
+  groups_of,
+  pairs_of,
   prompts_of_round,
-  sampled_examples,
 )
 from nr.training.defaults import get_training_config
 from nr.training.fingerprint import fingerprint
+from nr.training.group_relative import group_relative_method
 from nr.training.loop import train
 from nr.training.model_files import build_model
 from nr.training.policy import full_policy
 from nr.training.preference import preference_method
+from nr.training.step import accumulate
 
 TOKENIZER = WordTokenizer(["ask", "tell", "a", "b", "c", "d", "e"])
 SPEC = TransformerSpec.llama(
@@ -69,7 +73,9 @@ def make_run(directory, spec=ROUNDS, rule=count_a, generator=None):
   policy = full_policy(SPEC, params)
   generator = generator or InProcess(make_network(SPEC, params), TOKENIZER, batch_size=16)
   judge = Rule(rule, "count")
-  rounds = RoundBatches(directory / "rounds", policy, generator, judge, PROMPTS, extremes, spec, 4, (10,))
+  rounds = RoundBatches(
+    directory / "rounds", policy, generator, judge, PROMPTS, pairs_of(extremes), spec, 4, (10,)
+  )
   return preference_method(policy, PreferenceSpec()), rounds
 
 
@@ -121,7 +127,7 @@ def test_each_round_is_drawn_by_the_parameters_at_its_beginning(tmp_path):
         assert sample.score == sample.text.split(" ").count("a")
   first, second = (read_pools(rounds.path(round)) for round in (0, 1))
   assert first[0].model != second[0].model
-  assert [note["pairs"] for note in notes(tmp_path)] == [len(extremes(pools)) for pools in (first, second)]
+  assert [note["examples"] for note in notes(tmp_path)] == [len(extremes(pools)) for pools in (first, second)]
 
 
 @pytest.mark.parametrize("stop", [2, 3])  # At the beginning of a round, and in its middle.
@@ -219,7 +225,7 @@ def test_rounds_without_a_pair_change_nothing(tmp_path, rule, unscored):
   result = train(settings(2), method, rounds, workdir=tmp_path)
   same(result.state.params, method.start)
   (note,) = notes(tmp_path)
-  assert (note["pairs"], note["unscored"]) == (0, unscored)
+  assert (note["examples"], note["unscored"]) == (0, unscored)
   assert result.summary["loss"] == 0
 
 
@@ -241,11 +247,41 @@ def test_what_cannot_be_used_is_counted():
     pair("shortened", (4, 5, 0), (5,)),
     pair("fine", (4, 0), (5, 0), prompt=(1, 2)),
   ]
-  examples, report = sampled_examples(pairs, 5)
+  examples, report, _ = pairs_of(lambda pools: pairs)([], 5)
   assert [example.id for example in examples] == ["shortened", "fine"]
   assert dict(report.dropped) == {"identical responses": ["same"], "response too long": ["long"]}
-  assert report.shortened == 1
+  assert (report.total, report.kept, report.shortened) == (4, 2, 1)
   assert [ids.tolist() for ids in examples[0].tokens] == [[2, 3, 4, 5, 0], [2, 3, 5]]
+
+
+def test_groups_learn_from_every_response(tmp_path):
+  """GRPO on the policy's own samples: ratio 1 and no loss before the first update, then more of what is rewarded."""
+  params = parameters.split(build_model(SPEC, jax.random.key(0)))[1]
+  policy, loss = full_policy(SPEC, params), GroupRelativeSpec(kl_weight=0.01)
+  generator = InProcess(make_network(SPEC, params), TOKENIZER, batch_size=32)
+  spec = RoundSpec(steps_per_round=1, prompts_per_round=8, num_samples=4, max_new_tokens=4)
+  rounds = RoundBatches(
+    tmp_path, policy, generator, Rule(count_a, "count"), PROMPTS, groups_of(loss), spec, 32, (10,)
+  )
+  method = group_relative_method(policy, loss, reference="frozen")
+  batch = next(rounds.open_round(0, policy.start))
+  output = accumulate(method, policy.start, method.frozen, (), batch, jax.random.key(0))[1]
+  np.testing.assert_allclose(output.metrics["ratio"].mean(), 1.0, atol=1e-5)
+  np.testing.assert_allclose(output.metrics["kl"].mean(), 0.0, atol=1e-6)
+  assert float(output.metrics["clip_share"].total) == 0
+  advantages = batch["advantages"].reshape(8, 4)
+  np.testing.assert_allclose(advantages.sum(axis=1), 0, atol=1e-4)
+  scores = np.array([[sample.score for sample in pool.samples] for pool in read_pools(rounds.path(0))])
+  mixed = scores.std(axis=1) > 0
+  np.testing.assert_allclose(advantages[mixed].std(axis=1, ddof=1), 1.0, atol=1e-4)
+  assert (advantages[~mixed] == 0).all() and mixed.any()
+  run = tmp_path / "run"
+  rounds = RoundBatches(
+    run, policy, generator, Rule(count_a, "count"), PROMPTS, groups_of(loss), spec, 32, (10,)
+  )
+  train(settings(20, batch_size=32, checkpoint=dict(every=0)), method, rounds, workdir=run)
+  found = [json.loads(line)["mean_score"] for line in (run / "rounds.jsonl").read_text().splitlines()]
+  assert np.mean(found[-4:]) > np.mean(found[:4]) + 0.5
 
 
 def test_failed_samples_are_kept_with_their_reason(tmp_path):
@@ -254,7 +290,7 @@ def test_failed_samples_are_kept_with_their_reason(tmp_path):
   generator = InProcess(make_network(SPEC, params), TOKENIZER)
   policy = full_policy(SPEC, broken)
   rounds = RoundBatches(
-    tmp_path, policy, generator, Rule(count_a, "count"), PROMPTS, extremes, ROUNDS, 4, (10,)
+    tmp_path, policy, generator, Rule(count_a, "count"), PROMPTS, pairs_of(extremes), ROUNDS, 4, (10,)
   )
   list(rounds.open_round(0, broken))
   pools = read_pools(rounds.path(0))

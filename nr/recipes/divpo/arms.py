@@ -2,14 +2,19 @@
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 from nr.recipes.divpo import settings
-from nr.recipes.divpo.pairs import make_pairs
-from nr.recipes.sampling_rounds import RoundBatches
+from nr.recipes.divpo.pairs import make_pairs, pool_rewards
+from nr.recipes.divpo.personas import Task
+from nr.recipes.sampling_rounds import RoundBatches, groups_of, pairs_of
 from nr.recipes.stages import Artifact, StageContext
+from nr.training.group_relative import group_relative_method
 from nr.training.loop import train
+from nr.training.method import Method
 from nr.training.model_files import load_model, save_model
+from nr.training.policy import Policy
 from nr.training.preference import preference_method
 
 
@@ -32,22 +37,17 @@ def run_name(arm: str, seed: int) -> str:
 def _train(context: StageContext, language: settings.Language, arm: str, seed: int) -> Artifact:
   config, directory = context.config, context.directory / run_name(arm, seed)
   base = load_model(context.path(context.inputs["base"]["models"][str(seed)]["model"]))
-  task, section = settings.task_of(config), config.arms[arm]
+  task = settings.task_of(config)
   policy = settings.make_policy(config, base.spec, base.params, seed)
-  reference = dict(reference="base") if policy.base is not None else {}
-  if section.sync_reference_every:
-    reference = dict(reference="synced", sync_every=section.sync_reference_every)
-  method = preference_method(policy, settings.preference_spec(config, arm), name=arm, **reference)
   training = settings.training_of(config, arm, seed)
+  method, prepare = _learning(config, arm, policy, task, config.seed + seed)
   rounds = RoundBatches(
     directory / "rounds",
     policy,
     settings.make_generator(config, base.spec, base.params, language, base.fingerprint),
     task.judge(),
     task.prompts(),
-    functools.partial(
-      make_pairs, spec=settings.selection_spec(config, arm), task=task, seed=config.seed + seed
-    ),
+    prepare,
     settings.round_spec(config, arm, seed),
     training.batch_size,
     (config.sampling.max_length,),
@@ -62,6 +62,20 @@ def _train(context: StageContext, language: settings.Language, arm: str, seed: i
     "rounds": read_rounds(directory),
     "summary": json.loads(json.dumps(result.summary, default=float)),
   }
+
+
+def _learning(config: Any, arm: str, policy: Policy, task: Task, seed: int) -> tuple[Method, Callable]:
+  """Returns the method of an arm, and how pools become what it learns from."""
+  selection, sync_every = settings.selection_spec(config, arm), config.arms[arm].sync_reference_every
+  kind = "synced" if sync_every else "base" if policy.base is not None else "frozen"
+  if selection.method == "grpo":
+    spec = settings.group_spec(config, arm)
+    reference = dict(reference=kind, sync_every=sync_every) if spec.kl_weight else {}
+    rewards = functools.partial(pool_rewards, spec=selection, task=task)
+    return group_relative_method(policy, spec, name=arm, **reference), groups_of(spec, rewards)
+  loss = settings.preference_spec(config, arm)
+  method = preference_method(policy, loss, name=arm, reference=kind, sync_every=sync_every)
+  return method, pairs_of(functools.partial(make_pairs, spec=selection, task=task, seed=seed))
 
 
 def read_rounds(directory: Any) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ def _check_arms(config: Any) -> None:
     for section, make in (
       ("select", settings.selection_spec),
       ("loss", settings.preference_spec),
+      ("group", settings.group_spec),
     ):
       try:
         make(config, arm)

@@ -12,9 +12,13 @@ from nr.judges.diversity import frequency_diversity, frequency_of_attributes, ja
 from nr.names import unknown
 from nr.objectives import pair_selection
 from nr.recipes.divpo.personas import Task
+from nr.recipes.sampling_rounds import scores_of
 from nr.spec import Spec
 
-METHODS = ("", "dpo", "divpo")
+METHODS = ("", "dpo", "divpo", "grpo")
+REWARDS = ("score", "score_times_diversity")
+# Criteria with values in -1..0 or 0..1, and what shifts them to 0..1.
+BOUNDED = {"frequency": 1.0, "attribute_frequency": 1.0, "jaccard": 0.0}
 CRITERIA = ("probability", "frequency", "attribute_frequency", "jaccard", "random")
 
 
@@ -24,7 +28,8 @@ class SelectionSpec(Spec):
 
   Attributes:
     method: "dpo" takes the first best and the first worst; "divpo" the most diverse of the
-      good and the least diverse of the bad; "" leaves the arm out.
+      good and the least diverse of the bad; "grpo" makes no pairs: all responses are learnt
+      from, by their advantage over the pool; "" leaves the arm out.
     criterion: of diversity. "probability": improbable under the policy that wrote it;
       "frequency": words that few others use; "attribute_frequency": the same by attribute;
       "jaccard": words unlike the others'; "random": none, which shows what the criterion is worth.
@@ -33,6 +38,8 @@ class SelectionSpec(Spec):
     rule: reading of rho: "range", "count" or "absolute".
     thresholds: (good, bad) rewards of "absolute".
     tie_policy: of pools whose rewards are all equal: "diversity_only" or "skip".
+    reward: of "grpo": the judge's "score", or "score_times_diversity" as in DARLING
+      (arXiv 2509.02534), with the criterion as diversity in 0..1 in place of its learned partition.
   """
 
   method: str = "divpo"
@@ -42,6 +49,7 @@ class SelectionSpec(Spec):
   rule: str = "range"
   thresholds: tuple[float, float] | None = None
   tie_policy: str = "diversity_only"
+  reward: str = "score"
 
   def __post_init__(self):
     checked = dict(
@@ -50,12 +58,18 @@ class SelectionSpec(Spec):
       norm=("mean", "sum"),
       rule=pair_selection.RULES,
       tie_policy=pair_selection.TIE_POLICIES,
+      reward=REWARDS,
     )
     for field, allowed in checked.items():
       if getattr(self, field) not in allowed:
         raise ValueError(unknown(field, getattr(self, field), allowed))
     if not 0 <= self.rho <= 0.5:
       raise ValueError(f"rho={self.rho}: give a share from 0 to 0.5")
+    if self.reward != "score" and (self.method != "grpo" or self.criterion not in BOUNDED):
+      raise ValueError(
+        f"reward={self.reward!r} with method={self.method!r}, criterion={self.criterion!r}: it needs method "
+        f"'grpo' and one of {', '.join(BOUNDED)}, which are bounded"
+      )
     if self.rule == "absolute" and not self.thresholds:
       raise ValueError("thresholds=None: rule 'absolute' needs (good, bad) rewards")
 
@@ -69,17 +83,11 @@ def make_pairs(pools: list[Pool], spec: SelectionSpec, task: Task, seed: int = 0
     task: reads attributes.
     seed: of the criterion "random".
   """
-  size = max(len(pool.samples) for pool in pools)
-  rewards_BN = np.full((len(pools), size), np.nan, np.float32)
-  diversity_BN = np.full((len(pools), size), np.nan, np.float32)
-  for row, pool in enumerate(pools):
-    scores = [np.nan if sample.score is None else sample.score for sample in pool.samples]
-    rewards_BN[row, : len(scores)] = scores
-    if spec.method == "divpo":
-      diversity_BN[row, : len(scores)] = _diversity(pool, spec, task, seed)
+  rewards_BN = scores_of(pools)
   if spec.method == "dpo":
     picked = pair_selection.best_and_worst(rewards_BN)
   else:
+    diversity_BN = _diversities(pools, rewards_BN.shape, spec, task, seed)
     picked = pair_selection.select_pairs(
       rewards_BN,
       diversity_BN,
@@ -94,6 +102,23 @@ def make_pairs(pools: list[Pool], spec: SelectionSpec, task: Task, seed: int = 0
     for pool, chosen, rejected, weight in zip(pools, chosen_B, rejected_B, weight_B)
     if weight
   ]
+
+
+def pool_rewards(pools: list[Pool], spec: SelectionSpec, task: Task) -> np.ndarray:
+  """Returns the rewards [B, N] that GRPO learns from, NaN where a response has none."""
+  rewards_BN = scores_of(pools)
+  if spec.reward == "score":
+    return rewards_BN
+  return rewards_BN * (_diversities(pools, rewards_BN.shape, spec, task, 0) + BOUNDED[spec.criterion])
+
+
+def _diversities(
+  pools: list[Pool], shape: tuple[int, ...], spec: SelectionSpec, task: Task, seed: int
+) -> np.ndarray:
+  diversity_BN = np.full(shape, np.nan, np.float32)
+  for row, pool in enumerate(pools):
+    diversity_BN[row, : len(pool.samples)] = _diversity(pool, spec, task, seed)
+  return diversity_BN
 
 
 def _diversity(pool: Pool, spec: SelectionSpec, task: Task, seed: int) -> np.ndarray:

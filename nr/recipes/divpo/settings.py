@@ -9,6 +9,7 @@ from nr.generators.checkpoints import Checkpoint, make_network, open_checkpoint
 from nr.generators.in_process import InProcess
 from nr.models.lora import LoraSpec, merge
 from nr.names import unknown
+from nr.objectives.group_relative import GroupRelativeSpec
 from nr.objectives.preference import PreferenceSpec
 from nr.recipes.cocomix.settings import training_config
 from nr.recipes.divpo.pairs import SelectionSpec
@@ -91,11 +92,19 @@ def preference_spec(config: Any, arm: str) -> PreferenceSpec:
   return PreferenceSpec.from_dict(config.arms[arm].loss.to_dict())
 
 
+def group_spec(config: Any, arm: str) -> GroupRelativeSpec:
+  """Returns the loss of an arm that learns by GRPO."""
+  return GroupRelativeSpec.from_dict(config.arms[arm].group.to_dict())
+
+
 def training_of(config: Any, arm: str, seed: int) -> Any:
   """Returns the training section of an arm, with the run's seed in it."""
   training, section = training_config(config.train, config.seed + seed), config.arms[arm]
   if section.steps:
     training.steps = section.steps
+  if selection_spec(config, arm).method == "grpo":
+    # The rows are responses, all of the pools that give other arms a pair each.
+    training.batch_size *= config.sampling.num_samples
   if section.learning_rate:
     training.optimizer.learning_rate = section.learning_rate
   return training
@@ -106,7 +115,9 @@ def round_spec(config: Any, arm: str, seed: int) -> RoundSpec:
   sampling, section = config.sampling, config.arms[arm]
   is_offline = section.steps_per_round == 0
   steps = training_of(config, arm, seed).steps if is_offline else section.steps_per_round
-  prompts = section.prompts_per_round or steps * config.train.batch_size
+  # A pool gives a pair (or all of its responses).
+  pools = steps * config.train.batch_size
+  prompts = section.prompts_per_round or pools
   return RoundSpec(
     steps_per_round=steps,
     prompts_per_round=prompts,
@@ -114,7 +125,7 @@ def round_spec(config: Any, arm: str, seed: int) -> RoundSpec:
     max_new_tokens=sampling.max_new_tokens,
     chain=sampling.chain,
     seed=config.seed + seed,
-    is_repeated=prompts != steps * config.train.batch_size,
+    is_repeated=prompts != pools,
   )
 
 

@@ -18,9 +18,15 @@ PAPERS = (
     "CoCoMix: pretraining with continuous concepts ([2502.08524](https://arxiv.org/abs/2502.08524))",
     "cocomix",
   ),
-  ("Adaptive Decoding via Latent Preference Optimization", None),
-  ("Diverse Preference Optimization", None),
-  ("Length-instruction fine-tuning", None),
+  (
+    "Adaptive Decoding via Latent Preference Optimization ([2411.09661](https://arxiv.org/abs/2411.09661))",
+    "adaptive_decoding",
+  ),
+  ("Diverse Preference Optimization ([2501.18101](https://arxiv.org/abs/2501.18101))", "divpo"),
+  (
+    "Following Length Constraints in Instructions ([2406.17744](https://arxiv.org/abs/2406.17744))",
+    "length_instruct",
+  ),
   ("NaturalReasoning", None),
   ("Self-Taught Evaluators", None),
   ("System 2 distillation", None),
@@ -37,7 +43,7 @@ PAPERS = (
 def paper_table() -> str:
   rows = ["| paper | command | measured | result file |", "| --- | --- | --- | --- |"]
   for paper, recipe in PAPERS:
-    writer = {"cocomix": cocomix_row, "decoding": decoding_row}.get(recipe)
+    writer = ROWS.get(recipe)
     rows.append(writer(paper) if writer else f"| {paper} | not built yet | | |")
   return "\n".join(rows)
 
@@ -69,6 +75,133 @@ def decoding_row(paper: str) -> str:
     "`python -m nr.generate --checkpoint=PATH --prompt='Once' -n 4 --chain='temperature(0.7)\\|top_p(0.9)'`"
   )
   return f"| {paper} | {command} | {measured} | [decode_cpu.json](benchmarks/results/decode_cpu.json) |"
+
+
+def recipe_row(paper: str, recipe: str, measured: str) -> str:
+  """Returns the row of a recipe whose variant `seeds` was run."""
+  command = f"`python -m nr.main --config=configs/{recipe}.py:seeds --workdir=runs/{recipe}`"
+  file = f"{recipe}_seeds.json"
+  return f"| {paper} | {command} | {measured} | [{file}](benchmarks/results/{file}) |"
+
+
+def spread(interval: dict, digits: int = 2, scale: float = 1.0) -> str:
+  """Returns a number with its interval."""
+  estimate, low, high = (scale * interval[name] for name in ("estimate", "low", "high"))
+  return f"{estimate:.{digits}f} (95 % interval {low:.{digits}f} to {high:.{digits}f})"
+
+
+def adaptive_decoding_row(paper: str) -> str:
+  report = json.loads((RESULTS / "adaptive_decoding_seeds.json").read_text())
+  rates = report["evaluation"]["mini"]["winrates"]["separate"]
+  best = min((name for name in rates if name.startswith("fixed")), key=lambda name: rates[name]["estimate"])
+  hidden = report["evaluation"]["hidden"]["winrates"]["separate"]
+  worst = min(
+    (name for name in hidden if name.startswith("fixed")), key=lambda name: hidden[name]["estimate"]
+  )
+  measured = (
+    f"two toy tasks, {len(report['seeds'])} seeds: winrate of the learned temperature (Eq. 10) over the best fixed one "
+    f"({best.removeprefix('fixed ')}), percent: {spread(rates[best], 1, 100)}; where the prompt does not tell, over "
+    f"the best fixed one ({worst.removeprefix('fixed ')}): {spread(hidden[worst], 1, 100)}"
+  )
+  return recipe_row(paper, "adaptive_decoding", measured)
+
+
+def divpo_row(paper: str) -> str:
+  report = json.loads((RESULTS / "divpo_seeds.json").read_text())
+  over, table = report["entropy_over_base"], report["table"]
+  measured = (
+    f"toy personas, {len(report['seeds'])} seeds: attribute entropy minus that of the base, nats: online DPO "
+    f"{spread(over['dpo_online'])}, online DivPO {spread(over['divpo_online'])}; valid texts of DivPO: "
+    f"{spread(table['divpo_online']['validity'], 3)}"
+  )
+  return recipe_row(paper, "divpo", measured)
+
+
+def length_instruct_row(paper: str) -> str:
+  report = json.loads((RESULTS / "length_instruct_seeds.json").read_text())
+  table = report["table"]
+  measured = (
+    f"toy world, {len(report['seeds'])} seeds: share of answers over their limit: before "
+    f"{spread(table['sft']['violation'])}, DPO {spread(table['dpo']['violation'])}, LIFT "
+    f"{spread(table['lift']['violation'])}, LIFT with NLL {spread(table['lift_nll']['violation'])}"
+  )
+  return recipe_row(paper, "length_instruct", measured)
+
+
+ROWS = {
+  "cocomix": cocomix_row,
+  "decoding": decoding_row,
+  "adaptive_decoding": adaptive_decoding_row,
+  "divpo": divpo_row,
+  "length_instruct": length_instruct_row,
+}
+
+
+def preference_tables() -> str:
+  """Returns a table for each recipe that learns from preferences, from its result file."""
+  return "\n\n".join([adaptive_decoding_table(), divpo_table(), length_instruct_table()])
+
+
+def short(interval: dict | None, digits: int = 2) -> str:
+  """Returns a number with its interval for a cell."""
+  if interval is None:
+    return "-"
+  return f"{interval['estimate']:.{digits}f} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+  lines = [header, ["---"] * len(header), *rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def adaptive_decoding_table() -> str:
+  report = json.loads((RESULTS / "adaptive_decoding_seeds.json").read_text())
+  parts = ["#### Adaptive decoding: winrates of the heads, percent"]
+  titles = {
+    "mini": "Two tasks that the prompt tells apart",
+    "hidden": "Counter-experiment: what decides is not in the prompt",
+    "sentences": "A temperature for every token",
+  }
+  for name, title in titles.items():
+    rates = report["evaluation"][name]["winrates"]
+    arms = [arm for arm in rates if not arm.endswith("_sample")]
+    rows = [
+      [
+        other,
+        *(short({key: 100 * value for key, value in rates[arm][other].items()}, 1) for arm in arms),
+      ]
+      for other in rates[arms[0]]
+    ]
+    parts += [f"{title}:", markdown(["against", *arms], rows)]
+  return "\n\n".join(parts)
+
+
+def divpo_table() -> str:
+  report = json.loads((RESULTS / "divpo_seeds.json").read_text())
+  fields = {
+    "validity": "valid",
+    "attribute_entropy": "attribute entropy, nats",
+    "top_share": "most frequent value",
+    "values": "values seen, of 40",
+  }
+  rows = [
+    [arm, *(short(report["table"][arm][field], 3 if field == "validity" else 2) for field in fields)]
+    for arm in report["arms"]
+  ]
+  return "#### DivPO: what the models write\n\n" + markdown(["model", *fields.values()], rows)
+
+
+def length_instruct_table() -> str:
+  report = json.loads((RESULTS / "length_instruct_seeds.json").read_text())
+  fields = {
+    "violation": "violations",
+    "words": "words",
+    "quality": "quality",
+    "free_words": "words without limit",
+    "free_quality": "quality without limit",
+  }
+  rows = [[arm, *(short(report["table"][arm][field]) for field in fields)] for arm in report["arms"]]
+  return "#### Length instructions: with limits and without\n\n" + markdown(["arm", *fields.values()], rows)
 
 
 def tiny_table() -> str:
@@ -107,7 +240,13 @@ def decode_table() -> str:
   return text.replace("# ", "### ", 1).replace("\n## ", "\n#### ")
 
 
-SECTIONS = {"papers": paper_table, "tiny": tiny_table, "speed": speed_table, "decode": decode_table}
+SECTIONS = {
+  "papers": paper_table,
+  "tiny": tiny_table,
+  "preferences": preference_tables,
+  "speed": speed_table,
+  "decode": decode_table,
+}
 
 
 def updated(text: str) -> str:

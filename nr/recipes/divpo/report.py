@@ -74,7 +74,7 @@ def gather(context: StageContext) -> dict[str, Any]:
     },
     "checks": checks(values),
     "training": {name: last_row(context, each) for name, each in inputs["arms"]["runs"].items()},
-    "rounds": {name: each["rounds"] for name, each in inputs["arms"]["runs"].items()},
+    "rounds": {name: of_rounds(each["rounds"]) for name, each in inputs["arms"]["runs"].items()},
     "runs": measured["runs"],
     "environment": environment(),
     "seconds": {
@@ -126,6 +126,18 @@ def last_row(context: StageContext, trained: Mapping[str, Any]) -> dict[str, flo
   """Returns what the last logged step of a training says."""
   rows = read_metrics(context.path(trained["directory"]))
   return {field: row[field] for row in rows for field in TRAINING if field in row}
+
+
+def of_rounds(rounds: list[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns what the pools of a run came to: sums, and the mean score of the first and the last tenth."""
+  tenth = max(1, len(rounds) // 10)
+  ends = {
+    name: [row["mean_score"] for row in part if row["mean_score"] is not None]
+    for name, part in (("first_score", rounds[:tenth]), ("last_score", rounds[-tenth:]))
+  }
+  sums = {name: sum(row[name] for row in rounds) for name in ("pools", "samples", "unscored", "examples")}
+  means = {name: float(np.mean(scores)) if scores else None for name, scores in ends.items()}
+  return {"rounds": len(rounds), **sums, **means, "seconds": sum(row["seconds"] for row in rounds)}
 
 
 def checks(values: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, bool | None]:
@@ -215,6 +227,21 @@ def render(report: Mapping[str, Any]) -> str:
     table(["run", *TRAINING], training),
     "The log-probabilities of chosen and rejected texts may both fall while the margin grows: that is how "
     "validity is lost offline, and what the NLL term is for.",
+    "## Pools that were drawn",
+    table(
+      [
+        "run",
+        "rounds",
+        "pools",
+        "samples",
+        "not scored",
+        "examples",
+        "score, first tenth",
+        "last tenth",
+        "seconds",
+      ],
+      [[name, *row.values()] for name, row in report["rounds"].items()],
+    ),
     "![rounds](plots/validity_by_round.png)",
     f"Seconds by stage: {report['seconds']}",
   ]
@@ -255,8 +282,8 @@ def draw(context: StageContext, report: Mapping[str, Any]) -> list[str]:
     }
     plots.plot_intervals(folder / f"{field}.png", drawn, title=MEASURES[field][0], y_label=MEASURES[field][0])
   curves = {}
-  for name, rounds in report["rounds"].items():
-    scored = [(row["round"], row["mean_score"]) for row in rounds if row["mean_score"] is not None]
+  for name, trained in context.inputs["arms"]["runs"].items():
+    scored = [(row["round"], row["mean_score"]) for row in trained["rounds"] if row["mean_score"] is not None]
     if len(scored) > 1 and name.endswith(f"seed{report['seeds'][0]}"):
       curves[name] = tuple(zip(*scored))
   if curves:

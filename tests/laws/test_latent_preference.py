@@ -1,6 +1,6 @@
 """Latent preference optimisation: the numbers and laws of its specification, T1 to T6, T8, T9, F1 to F5.
 
-T7 and T10 are with the recipe (tests/recipes), which makes pairs and samples.
+T7 is in test_adaptive_decoding_tables.py, T10 in tests/generation/test_picked_settings.py.
 """
 
 import jax

@@ -22,18 +22,10 @@ below are ours.
 from ml_collections import ConfigDict
 
 from nr import names
-from nr.training.defaults import get_training_config
+from nr.training.defaults import training_section
 
 VARIANTS = ("tiny", "seeds", "miniature", "paper")
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # stated, sections 4.3 and 4.4
-
-
-def _training(**changes) -> ConfigDict:
-  """Returns the common training section with dotted changes applied ("optimizer.epsilon")."""
-  training = get_training_config()
-  with training.unlocked():
-    training.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-  return training
 
 
 def get_config(variant: str = "tiny") -> ConfigDict:
@@ -80,7 +72,7 @@ def _language_model() -> ConfigDict:
         "dtype": "float32",
         "layers": "auto",  # scan | unroll | auto: unrolled on CPU, scanned on accelerators
       },
-      "train": _training(
+      "train": training_section(
         steps=1000,
         batch_size=64,
         optimizer__learning_rate=5e-3,
@@ -122,7 +114,7 @@ def _heads() -> ConfigDict:
         "is_length_normalised": False,
       },
       "cache_hidden": True,  # what the loss reads of the frozen model is computed once
-      "train": _training(
+      "train": training_section(
         steps=400,
         batch_size=64,
         optimizer__learning_rate=1e-3,

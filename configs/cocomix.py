@@ -15,17 +15,9 @@ k of the autoencoder, 4 labels a token, loss weight 0.1) is the paper's.
 from ml_collections import ConfigDict
 
 from nr import names
-from nr.training.defaults import get_training_config
+from nr.training.defaults import training_section
 
 VARIANTS = ("tiny", "seeds", "miniature")
-
-
-def _training(**changes) -> ConfigDict:
-  """Returns the common training section with dotted changes applied ("optimizer.epsilon")."""
-  training = get_training_config()
-  with training.unlocked():
-    training.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-  return training
 
 
 def get_config(variant: str = "tiny") -> ConfigDict:
@@ -98,7 +90,7 @@ def _teacher() -> ConfigDict:
     {
       "model": _model(num_layers=4, model_dim=96, num_heads=2),
       "tap_layer": 1,  # concepts are read after this block, counted from 0 (the paper: 5 of 12)
-      "train": _language_model_training(),
+      "train": _language_modeltraining_section(),
     }
   )
 
@@ -121,7 +113,7 @@ def _sae() -> ConfigDict:
       "windows_per_call": 32,  # windows the teacher reads at once
       "skip_first": True,  # leave out position 0, whose activations are abnormal
       "sample_tokens": 8192,  # activations for the geometric median and the scale of the error
-      "train": _training(
+      "train": training_section(
         steps=400,
         batch_size=2048,
         optimizer__name="adam",
@@ -177,7 +169,7 @@ def _students() -> ConfigDict:
         "loss_weight": 0.1,  # lambda of Eq. 4; mode mix_only is trained with 0
         "kd_weight": 0.0,  # of the distillation baseline; not available yet
       },
-      "train": _language_model_training(),
+      "train": _language_modeltraining_section(),
     }
   )
 
@@ -202,9 +194,9 @@ def _steer() -> ConfigDict:
   )
 
 
-def _language_model_training() -> ConfigDict:
+def _language_modeltraining_section() -> ConfigDict:
   """Returns the training of teacher and students, which see the same number of tokens."""
-  return _training(
+  return training_section(
     steps=240,
     batch_size=32,
     optimizer__learning_rate=3e-3,

@@ -13,7 +13,7 @@ Variants:
 from ml_collections import ConfigDict
 
 from nr import names
-from nr.training.defaults import get_training_config
+from nr.training.defaults import training_section
 
 SUBJECTS = (
   "a pirate", "a nurse", "a queen", "a baker", "a sailor", "a dancer", "a farmer", "a wizard", "a singer", "a judge",
@@ -22,14 +22,6 @@ SUBJECTS = (
   "a librarian", "an astronaut", "a clown", "a monk", "a tailor", "a violinist", "a shepherd",
 )  # fmt: skip
 VARIANTS = ("tiny", "seeds", "miniature", "smollm", "paper")
-
-
-def _training(**changes) -> ConfigDict:
-  """Returns the common training section with dotted changes applied ("optimizer.epsilon")."""
-  training = get_training_config()
-  with training.unlocked():
-    training.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-  return training
 
 
 def get_config(variant: str = "tiny") -> ConfigDict:
@@ -55,7 +47,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
   )
   config.adapter = ConfigDict({"rank": 0, "alpha": 32.0})  # rank 0: all of the model is trained
   config.arms = _arms()
-  config.train = _training(
+  config.train = training_section(
     steps=150,
     batch_size=16,  # pairs, one a pool
     optimizer__name="adam",
@@ -115,7 +107,7 @@ def _base() -> ConfigDict:
         "layers": "auto",
         "remat": "none",
       },
-      "train": _training(
+      "train": training_section(
         steps=600,
         batch_size=64,
         optimizer__name="adam",
@@ -190,7 +182,7 @@ def _make_real(config: ConfigDict) -> None:
         "divpo_online": _arm("divpo", is_online=True),
       }
     )
-    config.train = _training(
+    config.train = training_section(
       steps=60,
       batch_size=8,
       optimizer__learning_rate=3e-4,
@@ -222,7 +214,7 @@ def _make_paper(config: ConfigDict) -> None:
         "divpo_offline": _arm("divpo", is_online=False),
       }
     )
-    config.train = _training(
+    config.train = training_section(
       steps=1000,
       batch_size=32,
       optimizer__learning_rate=5.5e-6,

@@ -14,17 +14,9 @@ from ml_collections import ConfigDict
 
 from nr import names
 from nr.recipes.length_instruct.augmentation import TEMPLATE
-from nr.training.defaults import get_training_config
+from nr.training.defaults import training_section
 
 VARIANTS = ("tiny", "seeds", "miniature", "benchmark", "paper")
-
-
-def _training(**changes) -> ConfigDict:
-  """Returns the common training section with dotted changes applied ("optimizer.epsilon")."""
-  training = get_training_config()
-  with training.unlocked():
-    training.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-  return training
 
 
 def get_config(variant: str = "tiny") -> ConfigDict:
@@ -50,7 +42,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
     }
   )
   config.arms = _arms()
-  config.train = _training(
+  config.train = training_section(
     # Few pairs have small limits: with fewer steps or a smaller rate they are not learnt, and what
     # preference training takes from the rejected goes to tokens that no answer has.
     steps=1000,
@@ -126,7 +118,7 @@ def _base() -> ConfigDict:
         "layers": "auto",
         "remat": "none",
       },
-      "train": _training(
+      "train": training_section(
         steps=1500,
         batch_size=64,
         optimizer__name="adam",

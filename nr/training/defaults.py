@@ -59,6 +59,17 @@ def get_training_config() -> Any:
   )
 
 
+def training_section(**changes: Any) -> Any:
+  """Returns the training section with changes; a field inside another is written "optimizer__epsilon".
+
+  Raises:
+    KeyError: a field that the section does not have.
+  """
+  section = get_training_config()
+  section.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  return section
+
+
 def _fail(field: str, value: Any, remedy: str) -> None:
   """Raises the ValueError of a bad field."""
   raise ValueError(f"training.{field}: {value!r} {remedy}")

@@ -9,6 +9,7 @@ import pytest
 from nr.recipes import cocomix
 from nr.recipes.cocomix import settings, students
 from nr.recipes.cocomix.method import cocomix_method
+from nr.recipes.sections import transformer_spec
 from nr.training.model_files import build_model
 from nr.training.next_token import next_token_method
 
@@ -30,7 +31,7 @@ def test_every_variant_builds(variant):
   config = CONFIG.get_config(variant)
   cocomix.validate(config)
   vocab_size = config.tokenizer.vocab_size
-  teacher = settings.transformer_spec(config.teacher.model, vocab_size, config.window.length)
+  teacher = transformer_spec(config.teacher.model, vocab_size, config.window.length)
   specs = [teacher, settings.autoencoder_spec(config)]
   specs += [settings.student_spec(config, kind, vocab_size) for kind in students.KINDS]
   for spec in specs:

@@ -18,6 +18,7 @@ from nr.models import parameters
 from nr.objectives.latent_preference import lpo_loss
 from nr.recipes.adaptive_decoding import families, language_model, pairs, settings
 from nr.recipes.adaptive_decoding.method import latent_preference_method, read_language_model, score_pairs
+from nr.recipes.sections import training_config
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.loop import train
 from nr.training.method import Evaluator
@@ -63,7 +64,7 @@ def train_head(
   if not config.heads.cache_hidden:
     frozen = (network.graphdef, network.params, axes_of(network.spec))
   method = latent_preference_method(head, spec, temperatures, language_model=frozen)
-  training = settings.training_config(config.heads.train, config.seed + int(seed))
+  training = training_config(config.heads.train, config.seed + int(seed))
   training.batch_size = min(training.batch_size, len(arrays["train"].tokens))
   source = Rows(cached["train"] if frozen is None else without_features(arrays["train"]))
   data = shuffled_batches(source, training.batch_size, seed=training.seed)

@@ -3,6 +3,7 @@
 from nr.data.windows import shuffled_batches
 from nr.generation.language_models import Network
 from nr.recipes.adaptive_decoding import families, settings
+from nr.recipes.sections import training_config
 from nr.recipes.stages import Artifact, StageContext
 from nr.training import trees
 from nr.training.loop import train
@@ -17,7 +18,7 @@ def run(context: StageContext) -> Artifact:
   runs = {}
   for seed in config.seeds:
     directory = context.directory / f"seed{seed}"
-    training = settings.training_config(section.train, config.seed + seed)
+    training = training_config(section.train, config.seed + seed)
     number = settings.number_of(config.seed, seed, "texts")
     texts = families.training_texts(tuple(section.families), section.num_texts, number)
     data = shuffled_batches(texts, training.batch_size, seed=training.seed)

@@ -6,13 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from nr import names
 from nr.models.adaptive_decoder import AdaptiveDecoderSpec
 from nr.models.transformer import TransformerSpec
 from nr.objectives.latent_preference import LatentPreferenceSpec
+from nr.recipes import sections
 from nr.recipes.adaptive_decoding import families
-
-FAMILIES = ("gpt2", "llama")
 
 
 def transformer_spec(config: Any) -> TransformerSpec:
@@ -21,23 +19,8 @@ def transformer_spec(config: Any) -> TransformerSpec:
   Raises:
     ValueError: unknown family, or values that do not fit together.
   """
-  fields = config.language_model.model.to_dict()
-  family = fields.pop("family")
-  if family not in FAMILIES:
-    raise ValueError(names.unknown("language_model.model.family", family, FAMILIES))
-  if fields["layers"] == "auto":
-    # Slicing stacked arrays copies them on CPU; accelerators lose nothing and compile faster.
-    fields["layers"] = "unroll" if jax.default_backend() == "cpu" else "scan"
-  for name in ("num_kv_heads", "mlp_dim"):
-    if not fields[name]:
-      del fields[name]
-  fields = {
-    "vocab_size": families.TOKENIZER.vocab_size,
-    "max_length": families.LENGTH,
-    "dropout": 0.0,
-    **fields,
-  }
-  return getattr(TransformerSpec, family)(**fields)
+  model = config.language_model.model
+  return sections.transformer_spec(model, families.TOKENIZER.vocab_size, families.LENGTH)
 
 
 def head_spec(config: Any, experiment: Any) -> AdaptiveDecoderSpec:
@@ -50,13 +33,6 @@ def head_spec(config: Any, experiment: Any) -> AdaptiveDecoderSpec:
 def loss_spec(config: Any, experiment: Any, variant: str) -> LatentPreferenceSpec:
   """Returns the settings of the loss for one variant, at the level of an experiment."""
   return LatentPreferenceSpec(variant=variant, level=experiment.level, **config.heads.lpo.to_dict())
-
-
-def training_config(section: Any, seed: int) -> Any:
-  """Returns a copy of a training section with the seed of the run added to its own."""
-  section = section.copy_and_resolve_references()
-  section.seed = section.seed + seed
-  return section
 
 
 def number_of(*names: Any) -> int:

@@ -12,6 +12,7 @@ from nr.objectives.sparse_coding import error_scale
 from nr.recipes.activations import ActivationBatches, make_tap
 from nr.recipes.cocomix import language_model, settings
 from nr.recipes.cocomix.method import sparse_autoencoder_method
+from nr.recipes.sections import training_config
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.loop import train
 from nr.training.method import Method
@@ -26,7 +27,7 @@ def run(context: StageContext) -> Artifact:
   tokenizer = context.inputs["tokenizer"]["fingerprint"]
   teacher = load_model(context.path(context.inputs["teacher"]["model"]), tokenizer)
   spec = settings.autoencoder_spec(config)
-  training = settings.training_config(config.sae.train, config.seed)
+  training = training_config(config.sae.train, config.seed)
   data = activation_batches(context, teacher, training.batch_size, training.seed)
   method = make_method(spec, data.sample(config.sae.sample_tokens))
   metadata = {"tokenizer": tokenizer, "spec": spec.to_dict(), "teacher": teacher.fingerprint}

@@ -11,6 +11,7 @@ from nr.models.concept_intervention import InterventionMode
 from nr.recipes.cocomix import settings
 from nr.recipes.cocomix.method import sparse_autoencoder_method
 from nr.recipes.cocomix.students import KINDS, student_method
+from nr.recipes.sections import transformer_spec
 from nr.training import defaults, sharding
 from nr.training.method import Method
 from nr.training.next_token import next_token_method
@@ -33,7 +34,7 @@ def validate(config: Any) -> None:
   _check_fields(config)
   _check_steering(config)
   vocab_size, length = config.tokenizer.vocab_size, config.window.length
-  teacher = settings.transformer_spec(config.teacher.model, vocab_size, length)
+  teacher = transformer_spec(config.teacher.model, vocab_size, length)
   autoencoder = settings.autoencoder_spec(config)
   settings.attribution_spec(config).check(autoencoder.k)
   zeros_D = jnp.zeros(autoencoder.model_dim)

@@ -1,19 +1,15 @@
 """Stage `report`: report.json for programs, report.md and plots for people."""
 
-import pathlib
-import platform
-import shutil
-import subprocess
 from typing import Any
 
-import jax
 import numpy as np
 
 from nr.evaluation import plots
 from nr.evaluation.statistics import Interval
 from nr.recipes.cocomix import report_text
 from nr.recipes.cocomix.students import KINDS, run_name
-from nr.recipes.stages import Artifact, StageContext, read_manifest, versions, write_json
+from nr.recipes.environment import environment
+from nr.recipes.stages import Artifact, StageContext, read_manifest, write_json
 from nr.training.writers import read_metrics
 
 STUDENT_FIELDS = (
@@ -74,26 +70,6 @@ def student(inputs: Any, name: str) -> dict[str, Any]:
 def ratio(first: float | None, second: float | None) -> float | None:
   """Returns first / second, None where a resumed run measured no speed."""
   return first / second if first and second else None
-
-
-def environment() -> dict[str, Any]:
-  """Returns versions, device and, in a checkout, the commit."""
-  return {
-    "versions": versions(),
-    "python": platform.python_version(),
-    "device": jax.devices()[0].device_kind,
-    "devices": jax.device_count(),
-    "commit": commit(),
-  }
-
-
-def commit() -> str | None:
-  """Returns the commit of the checkout that this package is run from, None outside of one."""
-  here = pathlib.Path(__file__).parent
-  if shutil.which("git") is None:
-    return None
-  found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-  return found.stdout.strip() or None
 
 
 def draw(context: StageContext, report: dict[str, Any]) -> list[str]:

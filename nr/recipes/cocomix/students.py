@@ -8,6 +8,7 @@ from nr.models import parameters
 from nr.recipes.cocomix import labels as labels_stage
 from nr.recipes.cocomix import language_model, settings
 from nr.recipes.cocomix.method import cocomix_method
+from nr.recipes.sections import training_config
 from nr.recipes.stages import Artifact, StageContext
 from nr.training import trees
 from nr.training.method import Method
@@ -26,7 +27,7 @@ def run(context: StageContext) -> Artifact:
     for kind in KINDS:
       name = run_name(kind, seed)
       spec = settings.student_spec(config, kind, context.inputs["tokenizer"]["vocab_size"])
-      training = settings.training_config(config.students.train, config.seed + seed)
+      training = training_config(config.students.train, config.seed + seed)
       artifact = language_model.train_language_model(
         context,
         context.directory / name,

@@ -4,8 +4,8 @@ import json
 
 from nr.data.example_batches import padded_batches
 from nr.data.examples import LengthLimits, encode_responses
-from nr.recipes.cocomix.settings import training_config, transformer_spec
 from nr.recipes.divpo import settings
+from nr.recipes.sections import training_config, transformer_spec
 from nr.recipes.stages import Artifact, StageContext
 from nr.training import trees
 from nr.training.loop import train

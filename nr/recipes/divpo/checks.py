@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from nr.generation.transforms.text import parse
-from nr.recipes.cocomix.settings import transformer_spec
 from nr.recipes.divpo import settings
+from nr.recipes.sections import transformer_spec
 from nr.training import defaults, sharding
 
 

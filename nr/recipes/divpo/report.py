@@ -9,9 +9,9 @@ import numpy as np
 from nr.evaluation import plots
 from nr.evaluation.reports import table
 from nr.evaluation.statistics import Interval, bootstrap_ratio, paired_difference
-from nr.recipes.cocomix.report import environment
 from nr.recipes.divpo import settings
 from nr.recipes.divpo.arms import run_name
+from nr.recipes.environment import environment
 from nr.recipes.stages import Artifact, StageContext, read_manifest, write_json
 from nr.training.writers import read_metrics
 

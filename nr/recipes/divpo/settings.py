@@ -11,10 +11,10 @@ from nr.models.lora import LoraSpec, merge
 from nr.names import unknown
 from nr.objectives.group_relative import GroupRelativeSpec
 from nr.objectives.preference import PreferenceSpec
-from nr.recipes.cocomix.settings import training_config
 from nr.recipes.divpo.pairs import SelectionSpec
 from nr.recipes.divpo.personas import TASKS, Task
 from nr.recipes.sampling_rounds import RoundSpec
+from nr.recipes.sections import training_config
 from nr.training.policy import Policy, full_policy, lora_policy
 
 BASE = "base"

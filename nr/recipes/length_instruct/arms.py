@@ -6,8 +6,8 @@ from typing import Any
 from nr.data.example_batches import padded_batches
 from nr.data.examples import encode_pairs
 from nr.data.preferences import read_pairs
-from nr.recipes.cocomix.settings import training_config
 from nr.recipes.length_instruct import augmentation, settings
+from nr.recipes.sections import training_config
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.loop import train
 from nr.training.model_files import save_model

@@ -14,8 +14,8 @@ from nr.data.examples import Response, encode_responses
 from nr.data.json_lines import read_json_lines
 from nr.data.preferences import freeze_prompt
 from nr.generators.checkpoints import Checkpoint, open_checkpoint
-from nr.recipes.cocomix.settings import training_config, transformer_spec
 from nr.recipes.length_instruct import settings
+from nr.recipes.sections import training_config, transformer_spec
 from nr.recipes.stages import Artifact, StageContext
 from nr.training import trees
 from nr.training.loop import train

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from nr.names import unknown
-from nr.recipes.cocomix.settings import transformer_spec
 from nr.recipes.length_instruct import settings
 from nr.recipes.length_instruct.augmentation import MIXES
+from nr.recipes.sections import transformer_spec
 from nr.training import defaults, sharding
 
 BENCHMARKS = ("alpaca_eval_li", "mt_bench_li", "answered")

@@ -7,7 +7,7 @@ import numpy as np
 
 from nr.evaluation import plots
 from nr.evaluation.statistics import Interval, bootstrap_ratio
-from nr.recipes.cocomix.report import environment
+from nr.recipes.environment import environment
 from nr.recipes.length_instruct import report_text, settings
 from nr.recipes.length_instruct.arms import run_name
 from nr.recipes.stages import Artifact, StageContext, read_manifest, write_json

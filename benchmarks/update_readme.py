@@ -43,8 +43,7 @@ PAPERS = (
 def paper_table() -> str:
   rows = ["| paper | command | measured | result file |", "| --- | --- | --- | --- |"]
   for paper, recipe in PAPERS:
-    writer = ROWS.get(recipe)
-    rows.append(writer(paper) if writer else f"| {paper} | not built yet | | |")
+    rows.append(ROWS[recipe](paper) if recipe else f"| {paper} | not built yet | | |")
   return "\n".join(rows)
 
 

@@ -5,6 +5,7 @@
 Variants:
   tiny        the offline experiment: personas in a small language; minutes on two cores
   seeds       tiny with five seeds
+  groups      tiny with GRPO in place of pairs: with the score as reward, and with score times diversity (DARLING)
   miniature   every stage in seconds, for tests; its numbers mean nothing
   smollm      first names by a checkpoint that you name (SmolLM2-135M-Instruct was meant), with an adapter
   paper       what is known of the paper's setting on a checkpoint that you name; unknown values are marked
@@ -21,7 +22,7 @@ SUBJECTS = (
   "a dragon", "a lawyer", "a fisherman", "a princess", "a carpenter", "a detective", "a robot", "a miner", "a hunter",
   "a librarian", "an astronaut", "a clown", "a monk", "a tailor", "a violinist", "a shepherd",
 )  # fmt: skip
-VARIANTS = ("tiny", "seeds", "miniature", "smollm", "paper")
+VARIANTS = ("tiny", "seeds", "groups", "miniature", "smollm", "paper")
 
 
 def get_config(variant: str = "tiny") -> ConfigDict:
@@ -60,6 +61,9 @@ def get_config(variant: str = "tiny") -> ConfigDict:
   config.evaluate = ConfigDict({"samples": 1000, "pool_size": 16, "chain": ""})
   if variant == "seeds":
     config.seeds = (0, 1, 2, 3, 4)
+  if variant == "groups":
+    with config.unlocked():
+      config.arms = _group_arms()
   if variant == "miniature":
     _make_miniature(config)
   if variant in ("smollm", "paper"):
@@ -157,14 +161,22 @@ def _arms() -> ConfigDict:
       "divpo_skip_online": _arm("divpo", select={"tie_policy": "skip"}, **online),
       "frequency_online": _arm("divpo", select={"criterion": "attribute_frequency"}, **online),
       "random_online": _arm("divpo", select={"criterion": "random", "tie_policy": "skip"}, **online),
-      "grpo_online": _arm("grpo", **online),
-      "darling_online": _arm(
-        "grpo", select={"reward": "score_times_diversity", "criterion": "attribute_frequency"}, **online
-      ),
       "dpo_offline": _arm("dpo", **offline, nll_weight=0.3),
       "divpo_offline": _arm("divpo", **offline, nll_weight=0.3),
       "dpo_offline_no_nll": _arm("dpo", **offline),
       "divpo_offline_no_nll": _arm("divpo", **offline),
+    }
+  )
+
+
+def _group_arms() -> ConfigDict:
+  """Returns arms without pairs, beside online DivPO."""
+  darling = {"reward": "score_times_diversity", "criterion": "attribute_frequency"}
+  return ConfigDict(
+    {
+      "divpo_online": _arm("divpo", is_online=True),
+      "grpo_online": _arm("grpo", is_online=True),
+      "darling_online": _arm("grpo", is_online=True, select=darling),
     }
   )
 
@@ -243,6 +255,5 @@ def _make_miniature(config: ConfigDict) -> None:
       "frequency_online",
       "random_online",
       "dpo_offline_no_nll",
-      "grpo_online",
     ):
       config.arms[arm].select.method = ""

@@ -1,17 +1,18 @@
 """What the report says of its surroundings."""
 
+from nr.recipes import environment
 from nr.recipes.cocomix import report
 
 
 def test_without_git_there_is_no_commit(monkeypatch):
-  monkeypatch.setattr(report.shutil, "which", lambda name: None)
-  assert report.commit() is None
+  monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+  assert environment.commit() is None
 
 
 def test_the_commit_is_that_of_the_package_not_of_where_one_stands(monkeypatch, tmp_path):
-  here = report.commit()
+  here = environment.commit()
   monkeypatch.chdir(tmp_path)
-  assert report.commit() == here
+  assert environment.commit() == here
 
 
 def test_a_missing_speed_gives_no_ratio():

@@ -19,8 +19,11 @@ def transformer_spec(config: Any) -> TransformerSpec:
   Raises:
     ValueError: unknown family, or values that do not fit together.
   """
-  model = config.language_model.model
-  return sections.transformer_spec(model, families.TOKENIZER.vocab_size, families.LENGTH)
+  try:
+    model = config.language_model.model
+    return sections.transformer_spec(model, families.TOKENIZER.vocab_size, families.LENGTH)
+  except ValueError as error:
+    raise ValueError(f"language_model.{error}") from error
 
 
 def head_spec(config: Any, experiment: Any) -> AdaptiveDecoderSpec:

@@ -122,7 +122,7 @@ def length_instruct_row(paper: str) -> str:
   measured = (
     f"toy world, {len(report['seeds'])} seeds: share of answers over their limit: before "
     f"{spread(table['sft']['violation'])}, DPO {spread(table['dpo']['violation'])}, LIFT "
-    f"{spread(table['lift']['violation'])}, LIFT with NLL {spread(table['lift_nll']['violation'])}"
+    f"{spread(table['lift']['violation'])}, LIFT without NLL {spread(table['lift_no_nll']['violation'])}"
   )
   return recipe_row(paper, "length_instruct", measured)
 

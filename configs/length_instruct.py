@@ -169,7 +169,13 @@ def _evaluate() -> ConfigDict:
       "most_cases": 0,  # of each benchmark; 0: all
       "max_new_tokens": 2048,
       "chain": "temperature(0.7)|top_p(0.9)",
-      "judge": {"url": "", "model": "", "api_key_variable": "", "max_new_tokens": 1024},  # url "": no judge
+      "judge": {
+        "url": "",  # "": no judge
+        "model": "",
+        "api_key_variable": "",
+        "max_new_tokens": 1024,
+        "max_tokens_field": "max_tokens",  # OpenAI's newer models want "max_completion_tokens"
+      },
     }
   )
 

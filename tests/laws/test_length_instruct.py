@@ -220,7 +220,7 @@ def test_l7_the_limit_is_inclusive_and_a_violation_loses():
   assert all(each.prompt == "Name a tree." and "5" not in each.prompt for each in judge.seen)
   assert all(each.second == "oak oak" for each in judge.seen)
   found = summarize(outcomes)
-  assert (found["count"], found["answered"], found["judged"]) == (5, 4, 4)
+  assert (found["count"], found["answered"], found["obeying"], found["judged"]) == (5, 4, 2, 2)
   assert found["violation"] == 0.5 and found["win"] == 0.5 and found["words"] == (5 + 6 + 3 + 0) / 4
   assert summarize([])["violation"] is None
 

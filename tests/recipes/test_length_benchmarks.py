@@ -4,14 +4,17 @@ import json
 
 import pytest
 
+from configs.length_instruct import get_config
 from nr.data.bad_records import DataError
 from nr.data.examples import Response
 from nr.data.preferences import PreferencePair
+from nr.generators.protocol import Request
 from nr.generators.scripted import Scripted
 from nr.judges.protocol import Rule, ScorePairs
 from nr.recipes.length_instruct.augmentation import LiftSpec, lift_of, limited_response, limited_samples
 from nr.recipes.length_instruct.benchmarks import (
   LengthCase,
+  Outcome,
   answer,
   as_records,
   evaluate,
@@ -20,7 +23,9 @@ from nr.recipes.length_instruct.benchmarks import (
   load_answered,
   load_mt_bench_li,
   make_case,
+  summarize,
 )
+from nr.recipes.length_instruct.evaluate import open_judge
 
 # Shapes of the entries in the authors' README.
 ALPACA = {
@@ -134,7 +139,7 @@ def test_a_benchmark_from_end_to_end():
   generator = Scripted(model)
   report = evaluate(cases(), generator, judge, LiftSpec(), scales=(0.5,), chain="temperature(0)")
   assert (report["violation"], report["win"]) == (1 / 3, pytest.approx(0.5 / 3)) and report["words"] == 8 / 3
-  assert (report["count"], report["answered"], report["judged"]) == (4, 3, 3)
+  assert (report["count"], report["answered"], report["obeying"], report["judged"]) == (4, 3, 2, 2)
   assert report["counter"] == "words" and report["judge"] == "pairs by different words"
   # Limits of 2 words, unjudged.
   assert report["scales"]["0.5"]["violation"] == 2 / 3 and report["scales"]["0.5"]["win"] is None
@@ -147,6 +152,25 @@ def test_a_benchmark_from_end_to_end():
   samples = answer(cases(), generator, max_new_tokens=9)
   records = as_records(cases(), samples, judge_cases(cases(), samples, judge, "words"))
   assert json.loads(json.dumps(records))[2]["reason"] == "violation" and records[3]["answer"] is None
+
+
+def test_verdicts_that_are_missing_are_not_lost():
+  kept, broken, lost = Outcome(1, False, 1.0), Outcome(9, True, 0.0), Outcome(1, False, None, "no verdict")
+  found = summarize([kept, lost, broken, broken])
+  # Half obey, and of those the one that was judged won.
+  assert found["win"] == 0.5 and (found["obeying"], found["judged"]) == (2, 1)
+  assert summarize([lost, lost, broken])["win"] is None and summarize([lost, broken])["judged"] == 0
+  assert summarize([broken, broken])["win"] == 0.0 and summarize([broken._replace(win=None)])["win"] is None
+  assert summarize([Outcome(None, None, None, "no answer")])["win"] is None
+
+
+def test_a_judge_is_asked_in_the_field_that_it_knows():
+  config = get_config("paper")
+  config.evaluate.judge.update(url="http://localhost:1", model="m")
+  for field in ("max_tokens", "max_completion_tokens"):
+    config.evaluate.judge.max_tokens_field = field
+    wire = open_judge(config, None)._asking._generator.wire
+    assert field in wire.body_of(Request("a", [("user", "x")]), [0])
 
 
 def test_limits_in_conversations_and_in_fine_tuning():

@@ -291,10 +291,15 @@ def judge_cases(
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-  """Returns violation, win (shares in 0..1) and mean words, each over the cases for which it is known.
+  """Returns violation, win (shares in 0..1) and mean words of the cases that were answered.
+
+  A violation is known to lose, an answer that obeys and could not be judged may have won: win is
+  the share that obeys times the mean verdict on those of them that were judged, so that a
+  verdict that is missing does not count as lost.
 
   Returns:
-    count, answered, judged, violation, win, words; None where nothing is known. The mean
+    count, answered, obeying, judged (verdicts of the judge, of those that obey), violation, win,
+    words; None where nothing is known, as win where some obey and none of them was judged. The mean
     answer is never shown without its words: an empty text obeys every limit.
   """
 
@@ -302,13 +307,20 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return math.fsum(values) / len(values) if values else None
 
   answered = [each for each in outcomes if each.is_violation is not None]
-  wins = [each.win for each in outcomes if each.win is not None]
+  obeying = [each for each in answered if not each.is_violation]
+  verdicts = [each.win for each in obeying if each.win is not None]
+  win = None
+  if verdicts:
+    win = len(obeying) / len(answered) * math.fsum(verdicts) / len(verdicts)
+  elif not obeying and any(each.win is not None for each in answered):
+    win = 0.0  # all violate: there was a judge, and nothing to ask
   return {
     "count": len(outcomes),
     "answered": len(answered),
-    "judged": len(wins),
+    "obeying": len(obeying),
+    "judged": len(verdicts),
     "violation": mean([float(each.is_violation) for each in answered]),
-    "win": mean(wins),
+    "win": win,
     "words": mean([float(each.words) for each in answered]),
   }
 

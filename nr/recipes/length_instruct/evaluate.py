@@ -174,7 +174,11 @@ def open_judge(config: Any, cache: Any) -> PairJudge | None:
   if not judge.url:
     return None
   server = OpenAICompatible(
-    judge.url, judge.model, cache=cache, api_key_variable=judge.api_key_variable or None
+    judge.url,
+    judge.model,
+    cache=cache,
+    api_key_variable=judge.api_key_variable or None,
+    max_tokens_field=judge.max_tokens_field,
   )
   return LanguageModelPairs(server, max_new_tokens=judge.max_new_tokens)
 

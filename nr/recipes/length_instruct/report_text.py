@@ -126,8 +126,9 @@ def files(report: Mapping[str, Any]) -> list[str]:
     rows = []
     for entry in report["runs"].values():
       found = entry[name]
-      rows.append([title(entry["arm"]), entry["seed"], *_percents(found), found["judged"], found["count"]])
-    header = ["arm", "seed", "Vlt%", "Win%", "words", "judged", "prompts"]
+      judged = f"{found['judged']} of {found['obeying']}"
+      rows.append([title(entry["arm"]), entry["seed"], *_percents(found), judged, found["count"]])
+    header = ["arm", "seed", "Vlt%", "Win%", "words", "judged of obeying", "prompts"]
     counted = (
       f"Words are counted by `{first[name]['counter']}`, judged by {first[name]['judge'] or 'nobody'}."
     )

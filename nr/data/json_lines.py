@@ -61,18 +61,19 @@ def read_json_lines(
   quarantine.report(path)
 
 
-def json_line(record: Mapping[str, Any], what: str) -> str:
+def json_line(record: Mapping[str, Any], what: str, *, is_ascii: bool = False) -> str:
   """Returns a record as one line of JSON with its end.
 
   Args:
     record: JSON values; numbers must be finite.
     what: names the record in the error.
+    is_ascii: escape all that is not ASCII; lone surrogates can then be written, and read back.
 
   Raises:
     DataError: it cannot be written as JSON.
   """
   try:
-    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    line = json.dumps(record, ensure_ascii=is_ascii, allow_nan=False) + "\n"
     line.encode("utf-8")
   except (TypeError, ValueError) as error:  # not JSON, not finite, or a lone surrogate
     raise DataError(f"{what} cannot be written as JSON ({error}); correct the record") from error

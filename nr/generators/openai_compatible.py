@@ -5,8 +5,8 @@
 
 Many requests are under way at once. What a server refuses for now (429, 5xx, a broken
 connection, silence, an answer that is no answer) is asked again, later and later; what it
-refuses for good comes back as a failed sample. With a cache, a run that was killed goes on
-where it was: nothing is asked twice, nothing is lost.
+refuses for good, or answers with another number of texts, comes back as a failed sample.
+With a cache, a run that was killed goes on where it was: nothing is asked twice, nothing is lost.
 
 Our own on the standard library: the package `openai` would replace the forty lines of `_post`
 (one POST of JSON), not what this file is for: the cache, the bound on what is under way, each
@@ -31,6 +31,7 @@ from typing import Any
 
 from absl import logging
 
+from nr.data.bad_records import DataError
 from nr.generators.openai_wire import AnswerError, Wire
 from nr.generators.protocol import Cost, Request, Sample, check_requests, failed
 from nr.generators.sample_cache import SampleCache
@@ -176,8 +177,7 @@ class OpenAICompatible:
         answer = self._post(path, body)
         cost = Cost(calls=attempt, seconds=time.monotonic() - began)
         samples = self.wire.samples_of(request, indices, answer, cost, {"attempts": attempt})
-        if cache is not None:
-          cache.put(request, samples)
+        _keep(cache, request, samples)
         return samples
       except (_Refused, AnswerError) as error:
         problem = self._without_key(str(error))
@@ -212,8 +212,18 @@ class OpenAICompatible:
       raise _Refused(f"no answer from {self.url}{path} ({type(error).__name__}: {error})") from None
     try:
       return json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
       raise _Refused(f"an answer that is no JSON: {raw[:200]!r}") from None
+
+
+def _keep(cache: SampleCache | None, request: Request, samples: list[Sample]) -> None:
+  """Puts samples into the cache; what JSON cannot write is not kept, and no reason to lose the others."""
+  if cache is None:
+    return
+  try:
+    cache.put(request, samples)
+  except DataError as error:
+    logging.warning("request %r is not kept in the cache: %s", request.id, error)
 
 
 def _read_until(response: Any, deadline: float) -> bytes:

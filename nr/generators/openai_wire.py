@@ -7,6 +7,7 @@ same request gives the same body, and the same body's answer the same samples.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,11 @@ _FIELDS = {
 
 
 class AnswerError(ValueError):
-  """An answer that is none: not JSON, not of the form, or not as many texts as were asked for."""
+  """An answer that is none: not of the form, or (`is_final`: so it would be again) not as many texts as asked for."""
+
+  def __init__(self, message: str, *, is_final: bool = False):
+    super().__init__(message)
+    self.is_final = is_final
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +96,28 @@ class Wire:
     Raises:
       AnswerError: not of the form, or another number of texts.
     """
+    try:
+      return self._samples_of(request, indices, answer, cost, extras)
+    except AnswerError:
+      raise
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+      told = json.dumps(answer)[:200]
+      raise AnswerError(f"the answer is not of the form ({error!r}): {told}") from error
+
+  def _samples_of(
+    self, request: Request, indices: Sequence[int], answer: Any, cost: Cost, extras: Mapping[str, Any]
+  ) -> list[Sample]:
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
       raise AnswerError(f"the answer has no list of choices: {json.dumps(answer)[:200]}")
     if len(choices) != len(indices):
       raise AnswerError(
-        f"{len(choices)} texts for n={len(indices)}; for a server that does not know n, set samples_per_call=1"
+        f"{len(choices)} texts for n={len(indices)}; for a server that does not know n, set samples_per_call=1",
+        is_final=True,
       )
     choices = sorted(choices, key=lambda choice: choice.get("index", 0))
     usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
-    read, drawn = (usage.get(field) or 0 for field in ("prompt_tokens", "completion_tokens"))
+    read, drawn = (int(usage.get(field) or 0) for field in ("prompt_tokens", "completion_tokens"))
     share = 1 / len(indices)
     samples = []
     for place, (index, choice) in enumerate(zip(indices, choices)):
@@ -132,7 +149,8 @@ def _read_choice(choice: dict) -> tuple[str | None, list[str] | None, tuple | No
   """Returns (text, token texts, token ids, log-probabilities) of one choice, None for what it lacks."""
   message, told = choice.get("message"), choice.get("logprobs")
   text = choice.get("text") if message is None else message.get("content")
-  text = text if isinstance(text, str) else None
+  # A character cut in half (a lone surrogate) becomes U+FFFD, as where tokenizers decode: UTF-8 cannot write it.
+  text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(text, str) else None
   if not isinstance(told, dict):
     return text, None, None, None
   if isinstance(told.get("content"), list):
@@ -140,7 +158,10 @@ def _read_choice(choice: dict) -> tuple[str | None, list[str] | None, tuple | No
     values = [entry.get("logprob") for entry in told["content"]]
   else:
     pieces, values = told.get("tokens"), told.get("token_logprobs")
-  if not pieces or not values or len(pieces) != len(values) or any(value is None for value in values):
+  if not pieces or not values or len(pieces) != len(values):
+    return text, None, None, None
+  # JSON has no -Infinity, but servers write it.
+  if any(value is None or not math.isfinite(value) for value in values):
     return text, None, None, None
   # vLLM's return_tokens_as_token_ids.
   prefix = "token_id:"

@@ -76,7 +76,8 @@ class SampleCache:
       if not new:
         return
       lines = [
-        json_line({"key": key, "sample": to_json(each)}, f"sample of {each.request_id!r}") for each in new
+        json_line({"key": key, "sample": to_json(each)}, f"sample of {each.request_id!r}", is_ascii=True)
+        for each in new
       ]
       self._appender.append("".join(lines))
       self._found |= {(key, each.index): each for each in new}

@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 
-FAULTS = ("429", "500", "reset", "malformed", "cut", "few", "silent")
+FAULTS = ("429", "500", "reset", "malformed", "cut", "silent")
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -20,14 +20,16 @@ class Server(http.server.ThreadingHTTPServer):
     faults: kinds, drawn in turn at random.
     silence: seconds that a silent call takes.
     delay: seconds that a good call takes.
+    change: prompt, a choice of the answer -> what is sent in its place.
   """
 
   daemon_threads = True
   request_queue_size = 128
 
-  def __init__(self, fault_share=0.0, faults=FAULTS, silence=1.0, delay=0.0):
+  def __init__(self, fault_share=0.0, faults=FAULTS, silence=1.0, delay=0.0, change=None):
     super().__init__(("127.0.0.1", 0), _Handler)
     self.fault_share, self.faults, self.silence, self.delay = fault_share, faults, silence, delay
+    self.change = change or (lambda prompt, choice: choice)
     self.random, self.lock = random.Random(0), threading.Lock()
     self.bodies, self.answered, self.headers, self.failures = [], [], [], []
     self.running, self.most_running = 0, 0
@@ -95,7 +97,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pieces, values = ["a", "b"], [-0.5, -1.5]
         content = [{"token": piece, "logprob": value} for piece, value in zip(pieces, values)]
         choice["logprobs"] = {"content": content} if is_chat else {"tokens": pieces, "token_logprobs": values}
-      found.append(choice)
+      found.append(self.server.change(prompt, choice))
     usage = {"prompt_tokens": 7, "completion_tokens": 3 * count}
     # Texts may come in any order.
     return {"model": "served", "choices": found[::-1], "usage": usage}

@@ -164,6 +164,65 @@ def test_final_refusals_fail_at_once_and_the_key_stays_secret(tmp_path, monkeypa
     OpenAICompatible("http://localhost", "m", api_key_variable="NO_SUCH_KEY")
 
 
+def test_too_few_texts_are_not_asked_for_again():
+  with serving(fault_share=1.0, faults=("few",)) as server:
+    found = list(client(server).generate(requests(1, num_samples=2)))
+    assert len(server.bodies) == 1 and all("1 texts for n=2" in each.error for each in found)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"message": "x"},
+    {"index": None, "text": "x"},
+    {"logprobs": {"tokens": [1], "token_logprobs": [0]}},
+    {"logprobs": {"tokens": ["a"], "token_logprobs": ["b"]}},
+    {"logprobs": {"tokens": ["token_id:x"], "token_logprobs": [0]}},
+  ],
+)
+def test_an_answer_of_another_form_loses_no_other(change, tmp_path):
+  with serving(change=lambda prompt, choice: choice | (change if prompt == "prompt 1" else {})) as server:
+    generator = client(server, max_attempts=2, cache=tmp_path / "answers.jsonl")
+    asked = requests(3, num_samples=2)
+    one, two, three = samples_by_request(asked, generator.generate(asked))
+  assert all(each.text is None and "not of the form" in each.error for each in two)
+  assert texts([one, three]) == [expected(asked)[0], expected(asked)[2]]
+
+
+def test_what_json_cannot_write_is_no_reason_to_stop(tmp_path):
+  def change(prompt, choice):
+    choice["text"] += "\ud83d\ude00 \ud83d"
+    choice["logprobs"] |= (
+      {"token_logprobs": [-0.5, float("-inf")]} if prompt == "prompt 1" else {"tokens": ["\ud83d", "b"]}
+    )
+    return choice
+
+  asked = requests(2)
+  with serving(change=change) as server:
+    first, again = (
+      samples_by_request(
+        asked, client(server, use_log_probs=True, cache=tmp_path / "a.jsonl").generate(asked)
+      )
+      for _ in range(2)
+    )
+    assert len(server.bodies) == 2 and again == first
+  ((one,), (two,)) = first
+  # A whole pair is one character; half of one is U+FFFD, and UTF-8 can write the text.
+  assert one.text.endswith("\U0001f600 \ufffd") and one.text.encode() and one.error is None
+  assert one.log_probs == (-0.5, -1.5) and one.extras["token_texts"] == ["\ud83d", "b"]
+  assert two.log_probs is None and two.error is None
+
+
+def test_a_sample_that_the_cache_refuses_is_handed_on(tmp_path, monkeypatch, caplog):
+  def put(*_):
+    raise DataError("cannot be written")
+
+  monkeypatch.setattr("nr.generators.sample_cache.SampleCache.put", put)
+  with serving() as server, caplog.at_level(logging.WARNING):
+    (found,) = client(server, cache=tmp_path / "a.jsonl").generate(requests(1))
+  assert found.error is None and "request 'r0' is not kept in the cache: cannot be written" in caplog.text
+
+
 def test_nobody_there():
   (found,) = OpenAICompatible("http://127.0.0.1:9", "m", max_attempts=2, base_wait=0.001).generate(
     requests(1)

@@ -35,7 +35,8 @@ class ChatTemplate:
     source: jinja2.
     begin_token: `bos_token` of the template.
     end_token: `eos_token` of the template.
-    end_of_turn: piece that ends the assistant's turn; `end_token` when empty.
+    end_of_turn: piece that ends the assistant's turn; when empty, what the template itself
+      writes there (see `end_of_turn_of`), `end_token` where that is nothing special.
   """
 
   source: str
@@ -102,6 +103,34 @@ def _piece(token: Any) -> str:
   return (token.get("content") if isinstance(token, Mapping) else token) or ""
 
 
+_PROBE, _MOST_BEHIND = "probe4711", 80
+
+
+def end_of_turn_of(tokenizer: Any) -> int | None:
+  """Returns the id of the first special token that a template writes behind a turn of the assistant.
+
+  It need not be the template's `eos_token`: Gemma's turns end with <end_of_turn>, its texts with <eos>.
+
+  Args:
+    tokenizer: with `render_chat` and `encode(text, use_special_tokens=)`.
+
+  Returns:
+    None where there is none, or the template refuses a user's turn with an answer.
+  """
+  turns = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": _PROBE}]
+  try:
+    _, found, behind = tokenizer.render_chat(turns, add_generation_prompt=False).rpartition(_PROBE)
+    behind = behind[:_MOST_BEHIND] if found else ""
+    for start in range(len(behind)):
+      for stop in range(len(behind), start, -1):
+        ids = tokenizer.encode(behind[start:stop], use_special_tokens=True)
+        if len(ids) == 1 and ids != tokenizer.encode(behind[start:stop]):
+          return ids[0]
+  except DataError:
+    pass
+  return None
+
+
 class ChatTokenizer:
   """A tokenizer with a chat template.
 
@@ -135,6 +164,10 @@ class ChatTokenizer:
       longest_first = sorted(self._special, key=len, reverse=True)
       self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
     self.end_of_turn_id = self.end_of_text_id
+    written = None if template.end_of_turn else end_of_turn_of(self)
+    if written is not None:
+      self.end_of_turn_id = written
+      return
     end = template.end_of_turn or template.end_token
     if end:
       ids = self.encode(end, use_special_tokens=True)
@@ -187,7 +220,7 @@ class ChatFormat:
     tokenizer: with `render_chat` and `encode(text, use_special_tokens=)`: a
       `ChatTokenizer`, or a `nr.interchange.gguf_tokenizer.GgufTokenizer`.
     end_id: ends a turn of the assistant; None: the tokenizer's `end_of_turn_id`, or
-      else `end_of_text_id`.
+      else what its template writes there, or else `end_of_text_id`.
     system: content of a system message put before conversations without one; None: none.
     variables: further variables of the template.
   """
@@ -199,7 +232,9 @@ class ChatFormat:
 
   def __post_init__(self):
     if self.end_id is None:
-      own = getattr(self.tokenizer, "end_of_turn_id", self.tokenizer.end_of_text_id)
+      own = getattr(self.tokenizer, "end_of_turn_id", None)
+      own = end_of_turn_of(self.tokenizer) if own is None else own
+      own = self.tokenizer.end_of_text_id if own is None else own
       object.__setattr__(self, "end_id", own)
 
   @property

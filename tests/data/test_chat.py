@@ -166,6 +166,49 @@ def test_special_tokens_can_be_given_to_any_tokenizer():
     ChatTokenizer(ByteTokenizer(), ChatTemplate.named("llama3"), special)
 
 
+GEMMA = (
+  "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+  "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+SPECIAL = ("<s>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>",
+           "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # fmt: skip
+
+
+class Bare:
+  """What a tokenizer with a template of its own and no `end_of_turn_id` shows (a GGUF file's)."""
+
+  def __init__(self, tokenizer):
+    self.encode, self.render_chat = tokenizer.encode, tokenizer.render_chat
+    self.end_of_text_id = tokenizer.end_of_text_id
+
+
+@pytest.mark.parametrize(
+  "source, end",
+  [
+    (GEMMA, "<end_of_turn>"),
+    (BUILT_IN["chatml"][0], "<|im_end|>"),
+    (BUILT_IN["llama3"][0], "<|eot_id|>"),
+    ("{% for m in messages %}[{{ m.content }}] {{ eos_token }}{% endfor %}", "<eos>"),
+    # Nothing special there, nothing there, and a refusal: the template's eos_token.
+    ("{% for m in messages %}{{ m.content }} : {% endfor %}", "<eos>"),
+    ("<end_of_turn>{% for m in messages %}{{ m.role }}{% endfor %}<end_of_turn>", "<eos>"),
+    ("{{ raise_exception('never') }}", "<eos>"),
+  ],
+)
+def test_a_turn_ends_with_what_the_template_writes(source, end, tmp_path):
+  (tmp_path / "chat_template.jinja").write_text(source)
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<eos>"}))
+  special = {piece: 300 + place for place, piece in enumerate(SPECIAL)}
+  tokenizer = ChatTokenizer(ByteTokenizer(309), load_chat_template(tmp_path), special)
+  assert ChatFormat(tokenizer).end_id == tokenizer.end_of_turn_id == special[end]
+  if end != "<eos>":
+    assert ChatFormat(Bare(tokenizer)).end_id == special[end]
+    (example,) = encode_pairs([PreferencePair("a", "q", "yes", "no")], ChatFormat(tokenizer), ROOMY).examples
+    assert [ids[-1] for ids in example.tokens] == [special[end]] * 2
+    ids, is_said = ChatFormat(tokenizer).encode_turns([turn("user", "q"), turn("assistant", "yes")])
+    assert ids == example.tokens[0].tolist() and is_said == example.is_response[0].tolist()
+
+
 def test_templates_are_found_where_they_lie(tmp_path):
   folder = pathlib.Path(shutil.copytree(GOLDEN, tmp_path / "copy"))
   template = load_chat_template(folder)

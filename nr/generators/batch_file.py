@@ -16,10 +16,11 @@ from absl import logging
 from nr.data.bad_records import DataError
 from nr.files import replace_text
 from nr.generators.openai_wire import AnswerError, Wire
-from nr.generators.protocol import Cost, Request, Sample, check_requests, failed
+from nr.generators.protocol import Cost, Request, Sample, check_requests, failed, request_hash
 from nr.names import unknown
 
 BAD_LINES = ("raise", "skip")
+_HASH_DIGITS = 12
 
 
 class BatchFile:
@@ -57,13 +58,18 @@ class BatchFile:
     self.wire = Wire(model, use_chat, use_log_probs, dict(body or {}), max_tokens_field)
 
   def _lines(self, requests: Iterable[Request]) -> dict[str, tuple[Request, list[int]]]:
-    """Returns what each line asks for, by its custom_id."""
+    """Returns what each line asks for, by its custom_id.
+
+    It holds a hash of the request and of the settings, so that results of another prompt are not taken for this one's.
+    """
+    settings = json.dumps([self.wire.model, self.wire.use_chat, self.wire.use_log_probs, self.wire.body])
     found = {}
     for request in check_requests(requests):
       size = self.samples_per_call or request.num_samples
+      told = request_hash(request, settings)[:_HASH_DIGITS]
       for start in range(0, request.num_samples, size):
         indices = list(range(start, min(start + size, request.num_samples)))
-        found[f"{request.id}#{start}"] = (request, indices)
+        found[f"{request.id}#{start}#{told}"] = (request, indices)
     return found
 
   def write(self, requests: Iterable[Request]) -> int:

@@ -70,13 +70,25 @@ def test_failures_are_samples(files):
   write(files[1], [{**answer(first), "response": {"status_code": 429, "body": {"m": "slow"}}}])
   (a, b) = samples_by_request(ASKED, make(files).generate(ASKED))
   assert all(sample.text is None and "HTTP 429" in sample.error for sample in a)
-  assert "no line for custom_id 'b#0'" in b[0].error
+  assert "no line for custom_id 'b#0#" in b[0].error
   write(
     files[1],
     [{**answer(first), "error": {"code": "expired"}, "response": None}, {**answer(second), "response": {}}],
   )
   (a, b) = samples_by_request(ASKED, make(files).generate(ASKED))
   assert "expired" in a[0].error and "choices" in b[0].error
+
+
+def test_results_of_other_requests_are_not_taken(files):
+  write(files[1], [answer(line) for line in lines_of(files)])
+  changed = [Request("a", "another", num_samples=3, max_new_tokens=4), ASKED[1]]
+  with pytest.raises(DataError, match="'a#0#.*' was not asked for"):
+    list(make(files).generate(changed))
+  (a, b) = samples_by_request(changed, make(files, on_bad_line="skip").generate(changed))
+  assert all(sample.text is None and "no line for custom_id" in sample.error for sample in a)
+  assert b[0].text == "y0"
+  with pytest.raises(DataError, match="was not asked for"):
+    list(make(files, body={"top_k": 1}).generate(ASKED))
 
 
 def test_bad_lines_are_named(files):

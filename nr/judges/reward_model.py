@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nr.data.bad_records import DataError
 from nr.data.examples import PlainText, TextFormat
 from nr.generation.decoding import SMALLEST_BUCKET
 from nr.judges.protocol import Item, Judgement, judgement
@@ -68,11 +69,17 @@ class RewardModelJudge:
     return cls(spec, params, format, **{"name": pathlib.Path(folder).name, **settings})
 
   def judge(self, items: Sequence[Item]) -> list[Judgement]:
-    """Returns the reward of each item; None where it is NaN, or the text is too long."""
-    texts = [self._encode(item) for item in items]
+    """Returns the reward of each item; None where it is NaN, or the text cannot be encoded or is too long."""
+    texts, fitting = [], []
     found: list[Judgement | None] = [None] * len(items)
-    fitting = []
-    for place, ids in enumerate(texts):
+    for place, item in enumerate(items):
+      try:
+        ids = self._encode(item)
+      except DataError as error:
+        ids, found[place] = [], Judgement(None, f"no tokens: {error}")
+      texts.append(ids)
+      if found[place] is not None:
+        continue
       if self.max_length is not None and len(ids) > self.max_length:
         found[place] = Judgement(None, f"{len(ids)} tokens, the reward model reads {self.max_length}")
       else:

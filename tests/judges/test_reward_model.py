@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nr.data.examples import PlainText
+from nr.data.examples import LeftOut, PlainText
 from nr.data.word_tokenizer import WordTokenizer
-from nr.judges.protocol import Item
+from nr.judges.protocol import Item, Judgement
 from nr.judges.reward_model import RewardModelJudge
 from nr.models import parameters
 from nr.models.reward import RewardModelSpec
@@ -52,6 +52,26 @@ def test_what_is_no_reward():
   judged = RewardModelJudge(spec, params, FORMAT, max_length=6).judge(ITEMS)
   assert [each is None for each in scores(judged)] == [False] * 3 + [True] * 9
   assert "7 tokens" in judged[3].reason
+
+
+class Choosy(PlainText):
+  """A format that leaves out one text, as a chat template does with one that spells its special tokens."""
+
+  def encode_response(self, text):
+    if text == ITEMS[1].response:
+      raise LeftOut("content spells a special token")
+    return super().encode_response(text)
+
+
+def test_one_text_that_cannot_be_encoded_is_no_reward_and_the_others_have_theirs():
+  spec, params = make()
+  judged = RewardModelJudge(spec, params, Choosy(FORMAT.tokenizer)).judge(ITEMS[:3])
+  assert judged[1] == Judgement(None, "no tokens: content spells a special token")
+  whole = RewardModelJudge(spec, params, FORMAT).judge(ITEMS[:3])
+  np.testing.assert_allclose([judged[0].score, judged[2].score], [whole[0].score, whole[2].score], atol=1e-6)
+  # Words outside the vocabulary and no items at all.
+  assert "no tokens" in RewardModelJudge(spec, params, FORMAT).judge([Item("a", "w1", "unheard")])[0].reason
+  assert RewardModelJudge(spec, params, FORMAT).judge([]) == []
 
 
 @pytest.mark.oracle

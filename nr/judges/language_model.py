@@ -69,6 +69,10 @@ class _Asking:
     self._generator, self._template, self._use_chat = generator, template, use_chat
     self._settings = {"chain": "temperature(0)", "max_new_tokens": 1024, **settings}
 
+  def needs(self, slot: str) -> bool:
+    """Returns whether the template has a slot."""
+    return f"{{{slot}}}" in self._template
+
   def ask(self, questions: dict[str, dict[str, str]]) -> dict[str, Sample]:
     """Returns the answer to each question: id -> values of the template's slots."""
     requests = []
@@ -208,13 +212,19 @@ class LanguageModelScore:
 
   def judge(self, items: Sequence[Item]) -> list[Judgement]:
     """Returns a judgement for each item; None, with the reason, where there is no number in the range."""
-    questions = {}
+    questions, seen = {}, set()
     for item in items:
-      if item.id in questions:
+      if item.id in seen:
         raise ValueError(f"Item.id={item.id!r} is given twice: give each item an id of its own")
+      seen.add(item.id)
+      if item.reference is None and self._asking.needs("reference"):
+        continue
       questions[item.id] = dict(prompt=item.prompt, response=item.response, reference=str(item.reference))
     answers = self._asking.ask(questions)
-    return [self._judged(answers[item.id]) for item in items]
+    return [
+      self._judged(answers[item.id]) if item.id in answers else Judgement(None, "there is no reference")
+      for item in items
+    ]
 
   def _judged(self, sample: Sample) -> Judgement:
     score, reason = _read(sample, self._parse)

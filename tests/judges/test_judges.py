@@ -166,6 +166,17 @@ def test_malformed_answers_of_judges_are_no_verdicts(said):
   )
 
 
+def test_a_template_with_a_reference_judges_nothing_without_one():
+  script = Scripted(lambda request, index: "[[7]]")
+  judge = LanguageModelScore(script, template="{prompt} {response} {reference}", use_chat=False)
+  judged = judge.judge([Item("a", "p", "r"), Item("b", "p", "r", 4)])
+  assert judged[0] == Judgement(None, "there is no reference") and judged[1].score == 7
+  assert [request.prompt for request in script.requests] == ["p r 4"]
+  with pytest.raises(ValueError, match="'a' is given twice"):
+    judge.judge([Item("a", "p", "r"), Item("a", "p", "r")])
+  assert LanguageModelScore(script).judge([Item("a", "p", "r")])[0].score == 7
+
+
 def test_language_model_scores():
   script = Scripted(
     lambda request, index: {"i0": "[[3]] or rather [[7.5]]", "i1": "[[11]]", "i2": "good"}.get(request.id)

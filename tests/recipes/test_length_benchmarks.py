@@ -11,7 +11,13 @@ from nr.data.preferences import PreferencePair
 from nr.generators.protocol import Request
 from nr.generators.scripted import Scripted
 from nr.judges.protocol import Rule, ScorePairs
-from nr.recipes.length_instruct.augmentation import LiftSpec, lift_of, limited_response, limited_samples
+from nr.recipes.length_instruct.augmentation import (
+  LiftSpec,
+  lift_of,
+  limited_response,
+  limited_samples,
+  statistics,
+)
 from nr.recipes.length_instruct.benchmarks import (
   LengthCase,
   Outcome,
@@ -118,6 +124,16 @@ def test_prompts_that_strong_models_have_answered(tmp_path):
       load_answered(write(path, [entry, {**entry, **change}]), LiftSpec())
 
 
+def test_other_line_ends_inside_json_cut_nothing(tmp_path):
+  entry = {"id": "a", "instruction": "Say\u2028it\x85.", "responses": ["one"]}
+  path = tmp_path / "own.jsonl"
+  path.write_bytes(("\r\n".join([json.dumps(entry, ensure_ascii=False)] * 2)).encode())
+  with pytest.raises(DataError, match="line 2, field 'id'"):
+    load_answered(path, LiftSpec())
+  path.write_text(json.dumps(entry, ensure_ascii=False), encoding="utf-8")
+  assert load_answered(path, LiftSpec())[0].instruction == entry["instruction"]
+
+
 def cases():
   return [make_case(f"c{n}", f"topic {n}", ["a b c d", "a b c", "a b c d e"], LiftSpec()) for n in range(4)]
 
@@ -199,6 +215,14 @@ def test_limits_in_conversations_and_in_fine_tuning():
     assert tail == "Go"
     limits.add(int(head.removeprefix("At most ")))
   assert limits == set(range(3, 14))
+
+
+def test_a_word_against_none_has_no_limit_between():
+  spec = LiftSpec(min_difference=1)
+  pair = PreferencePair("p", "Go", "a", "")
+  assert limited_samples(pair, spec) == [] and statistics([pair], spec)["kept"] == 0
+  (_, tight) = limited_samples(pair._replace(chosen="a b"), spec)
+  assert lift_of(tight)["limit"] == 1
 
 
 @pytest.mark.parametrize(

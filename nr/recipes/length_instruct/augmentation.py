@@ -110,8 +110,8 @@ def lengths_of(pair: PreferencePair, spec: LiftSpec) -> Lengths:
 
 
 def is_kept(lengths: Lengths, spec: LiftSpec) -> bool:
-  """Whether the responses differ by enough words."""
-  return abs(lengths.chosen - lengths.rejected) >= spec.min_difference
+  """Whether the responses differ by enough words, and some limit lies between: none does between 0 and 1."""
+  return max(lengths) > 1 and abs(lengths.chosen - lengths.rejected) >= spec.min_difference
 
 
 def loose_sample(pair: PreferencePair, lengths: Lengths, spec: LiftSpec) -> PreferencePair:

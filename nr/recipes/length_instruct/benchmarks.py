@@ -176,7 +176,7 @@ def _read_lines(path: pathlib.Path) -> list[tuple[int, dict]]:
   except (OSError, EOFError, UnicodeDecodeError) as error:
     raise DataError(f"{path} cannot be read ({error}); download it again") from error
   found = []
-  for number, line in enumerate(text.splitlines(), start=1):
+  for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold U+2028
     if line.strip():
       try:
         found.append((number, json.loads(line)))

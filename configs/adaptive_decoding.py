@@ -96,7 +96,7 @@ def _experiment(**changes) -> ConfigDict:
       "num_samples": 16,  # N; stated, appendix A
       "pair_rule": "extremes",  # extremes | correctness | random_pair | constraint
       "pair_top": 4,  # of "constraint"; stated, appendix A.5
-      "held_out": 0.1,  # share of the pairs that measures how well heads rank
+      "held_out": 0.1,  # share of the distinct training prompts whose pairs measure how well heads rank
       **changes,
     }
   )

@@ -1,8 +1,9 @@
 """The head of Adaptive Decoding: a small MLP from a hidden state to a law over decoding settings.
 
-    z = MLP(h), h the final-normed vector that the un-embedding multiplies
+    z = MLP(h)
     pi(k | h) = softmax_k(z)                                     (arXiv 2411.09661 Eq. 1)
 
+h is the final-normed vector that the un-embedding multiplies: our reading of the paper's last hidden state.
 The language model is frozen: no gradient leaves the head through h.
 
 Arrays in this file: D model, F hidden, K settings; any leading shape.

@@ -12,6 +12,7 @@ from nr.data.pools import read_pools
 from nr.data.preferences import read_pairs
 
 ROOT = pathlib.Path(__file__).parents[2]
+SPLITS = ("train", "held_out")
 EXPERIMENTS = {"mini": ("sums", "words"), "hidden": ("hidden",), "sentences": ("story",)}
 
 
@@ -70,7 +71,7 @@ def test_pools_and_pairs_are_in_the_house_s_formats(finished):
     pools = {pool.id: pool for pool in read_pools(finished / report["pools"][f"{name}/0"]["path"])}
     assert all(len(pool.samples) == 8 for pool in pools.values())
     made = report["pairs"][f"{name}/0"]
-    for split in ("train", "held_out"):
+    for split in SPLITS:
       for pair in read_pairs(finished / made[split]):
         samples = [pools[pair.id].samples[index] for index in pair.provenance["samples"]]
         assert [sample.tokens for sample in samples] == [pair.chosen_tokens, pair.rejected_tokens]
@@ -80,7 +81,9 @@ def test_pools_and_pairs_are_in_the_house_s_formats(finished):
             assert len(set(choices)) == 1
     counts = made["counts"]
     kept = counts["train"] + counts["held_out"]
-    assert kept + counts["no_pair"] + counts["same_setting"] == counts["prompts"] == len(pools)
+    assert kept + counts["no_pair"] == counts["prompts"] == len(pools)
+    digits = [{pair.prompt_tokens[1:3] for pair in read_pairs(finished / made[split])} for split in SPLITS]
+    assert all(digits) and not digits[0] & digits[1]
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ def test_seeds_differ_from_tiny_in_their_number_only():
     ({"evaluate.selections": ("greed",)}, r"evaluate.selections='greed' is unknown: did you mean 'greedy'"),
     ({"evaluate.baselines.min_p": "min_q(0.1)"}, r"evaluate.baselines.min_p: .*min_q"),
     ({"seeds": ()}, r"seeds=\(\) is empty"),
+    ({"seeds": (0, 3, 3)}, r"seeds=\(0, 3, 3\): 3 is there more than once"),
   ],
 )
 def test_bad_settings_are_named_with_a_remedy(changes, message):

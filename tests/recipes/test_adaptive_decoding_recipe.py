@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nr.data.preferences import write_pairs
+from nr.data.preferences import PreferencePair, write_pairs
 from nr.generation.language_models import Network
 from nr.models import parameters
 from nr.models.adaptive_decoder import AdaptiveDecoderSpec
@@ -60,7 +60,30 @@ def test_stories_are_scored_by_their_first_words_and_then_by_variety():
   prompts = families.Prompts(ids("story 1 2 ="), np.asarray([False]))
   text = "mark w0 w1 w2 w5 mark w1 w2 mark w0 w0 w0 mark w1 w2 w3"
   found = families.rewards("story", prompts, ids(text), np.asarray([16]))
-  np.testing.assert_allclose(found, [[3 / 4, 5 / 12]])  # Different free words: w0, w1, w2, w3, mark.
+  # Different free words: w0, w1, w2, w3; the marker is none, and w11 is no word of stories.
+  np.testing.assert_allclose(found, [[3 / 4, 4 / 12]])
+  found = families.rewards("story", prompts, ids(text.replace("w3", "w11")), np.asarray([16]))
+  np.testing.assert_allclose(found, [[3 / 4, 3 / 12]])
+
+
+def test_only_the_words_that_were_asked_for_are_counted():
+  prompts = families.Prompts(np.repeat(ids("words 1 2 ="), 2, 0), np.asarray([True, True]))
+  tokens = np.concatenate([ids("w0 w23 mark 3 sums = 4 words"), ids("mark 3 sums = 4 words 5 6")])
+  for name in ("words", "hidden"):
+    assert families.rewards(name, prompts, tokens, np.asarray([8, 8]))[:, 0].tolist() == [2 / 8, 0]
+
+
+def test_heads_are_tested_on_prompts_that_none_was_trained_on():
+  found = {}
+  for part, count in (("train", 70), ("test", 30)):
+    found[part] = {tuple(pair) for pair in families.digit_pairs(part).tolist()}
+    prompts = families.make_prompts("sums", 3000, np.random.default_rng(0), part)
+    drawn = {tuple(pair) for pair in (prompts.tokens_PT[:, 1:3] - families.DIGIT).tolist()}
+    assert drawn == found[part] and len(drawn) == count
+  assert not found["train"] & found["test"]
+  # The language model learns sums on all.
+  prompts = families.make_prompts("sums", 3000, np.random.default_rng(0))
+  assert len(np.unique(prompts.tokens_PT, axis=0)) == 100
 
 
 def test_training_texts_follow_their_laws():
@@ -118,7 +141,9 @@ def test_pairs_read_back_are_what_was_sampled(level, tmp_path):
   made = pools.make_pools("words", prompts, found, scores, model="m", seed=0)
   experiment = Section(EXPERIMENT, level=level)
   chosen, counts = pairs.pairs_of(made, experiment, np.random.default_rng(0))
-  assert counts["prompts"] == 6 == counts["no_pair"] + counts["same_setting"] + len(chosen)
+  assert counts["prompts"] == 6 == counts["no_pair"] + len(chosen)
+  is_same = [pair.provenance["choices"][0][0] == pair.provenance["choices"][1][0] for pair in chosen]
+  assert counts["same_setting"] == (sum(is_same) if level == "sequence" else 0)
   write_pairs(tmp_path / "pairs.jsonl", chosen)
   arrays = pairs.read_arrays(tmp_path / "pairs.jsonl")
   for row, pair in enumerate(chosen):
@@ -144,15 +169,32 @@ def test_samples_of_a_prompt_do_not_depend_on_how_prompts_are_cut(monkeypatch):
   np.testing.assert_array_equal(whole.choices_RN, cut.choices_RN)
 
 
-def test_a_pair_with_one_setting_on_both_sides_is_left_out():
+def test_a_pair_with_one_setting_on_both_sides_is_kept_and_counted():
   sample = dict(tokens=(20, 0), finish_reason="stop_id", details={"quality": 0.0})
   make = pools.PoolSample
   samples = tuple(make(index, score=1.0 - index, extras={"choices": [1, 1]}, **sample) for index in range(2))
   pool = pools.Pool("words-0", "words 1 2 =", samples, prompt_tokens=(2, 6, 7, 5))
   found, counts = pairs.pairs_of([pool], EXPERIMENT, np.random.default_rng(0))
-  assert found == [] and counts["same_setting"] == 1
+  assert len(found) == 1 and counts["same_setting"] == 1
   found, counts = pairs.pairs_of([pool], Section(EXPERIMENT, level="token"), np.random.default_rng(0))
-  assert len(found) == 1
+  assert len(found) == 1 and counts["same_setting"] == 0
+
+
+def test_pairs_are_held_out_by_prompt():
+  prompts = families.make_prompts("words", 200, np.random.default_rng(0), "train").tokens_PT
+  made = [
+    PreferencePair(str(row), "", "a", "b", prompt_tokens=tuple(prompt)) for row, prompt in enumerate(prompts)
+  ]
+  is_held_out = pairs.held_out_pairs(made, 0.1, np.random.default_rng(0))
+  of_splits = [
+    {made[row].prompt_tokens for row in np.flatnonzero(members)} for members in (is_held_out, ~is_held_out)
+  ]
+  assert len(of_splits[0]) == round(0.1 * len(np.unique(prompts, axis=0)))
+  assert not of_splits[0] & of_splits[1]
+  # As few as two prompts are one for each.
+  two = [made[0], next(pair for pair in made if pair.prompt_tokens != made[0].prompt_tokens)]
+  assert pairs.held_out_pairs(two, 0.1, np.random.default_rng(0)).sum() == 1
+  assert pairs.held_out_pairs(two, 0.9, np.random.default_rng(0)).sum() == 1
 
 
 # The head's method.
@@ -211,6 +253,21 @@ def test_cached_features_give_the_same_loss_and_gradient(variant, level):
   assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found[0][1])) > 1e-3
 
 
+def test_one_setting_on_both_sides_teaches_all_losses_but_eq_10():
+  arrays, pair_weights = pair_batch()
+  arrays = arrays._replace(choices=np.ones_like(arrays.choices))
+  for variant, is_taught in (("separate", False), ("latent", True), ("nll", True)):
+    spec = LatentPreferenceSpec(variant, "sequence", beta=0.5)
+    method = method_of(spec, True)
+    batch = {**heads.pair_features(network(), arrays, spec, TAUS), "pair_weights": pair_weights}
+    params = method_suite.perturbed(method.init(jax.random.key(0)), scale=0.3)
+    slopes = jax.grad(lambda p: method.loss(p, {}, (), batch, None).loss.mean())(params)  # noqa: B023
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(slopes))
+    assert largest > 1e-3 if is_taught else largest < 1e-7
+    evaluator = heads.held_out_evaluator(HEAD, spec, batch, TAUS)
+    assert evaluator.run(params, {}, ())["accuracy"] == 0.5
+
+
 @pytest.mark.parametrize("level", ("sequence", "token"))
 def test_t9_joint_trains_the_head_as_separate_does(level):
   slopes = []
@@ -249,6 +306,11 @@ def test_rules_that_see_no_prompt():
   assert found == {"always_lower": 0.5, "constant": 0.5}
   first = pairs.PairArrays(*(values[:1] for values in arrays))
   assert heads.baseline_accuracies(first, counts, EXPERIMENT) == {"always_lower": 1.0, "constant": 0.0}
+  # A tie is one whatever the lengths.
+  weights = (np.arange(20) < np.asarray([3, 7])[:, None]).astype(np.float32)[None]
+  choices = np.ones(weights.shape, np.int32)
+  ties = pairs.PairArrays(choices, choices, weights, choices)
+  assert heads.baseline_accuracies(ties, counts, EXPERIMENT) == {"always_lower": 0.5, "constant": 0.5}
   of_first = pairs.setting_counts(first, 3)
   assert of_first == {"chosen": [1.0, 0.0, 0.0], "rejected": [0.0, 0.0, 1.0]}
 

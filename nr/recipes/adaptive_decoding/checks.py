@@ -24,6 +24,11 @@ def validate(config: Any) -> None:
   """
   if not config.seeds:
     raise ValueError("seeds=() is empty; name at least one seed, for example (0,)")
+  repeated = sorted(seed for seed in set(config.seeds) if list(config.seeds).count(seed) > 1)
+  if repeated:
+    raise ValueError(
+      f"seeds={tuple(config.seeds)}: {repeated[0]} is there more than once; name each seed once"
+    )
   if not config.heads.variants:
     raise ValueError("heads.variants=() is empty; name at least one, for example ('separate',)")
   for family in config.language_model.families:
@@ -62,7 +67,7 @@ def _check_experiment(config: Any, experiment: Any) -> None:
       f"pair_top={experiment.pair_top}: give 1 to half of num_samples={experiment.num_samples}"
     )
   if not 0 < experiment.held_out < 1:
-    raise ValueError(f"held_out={experiment.held_out}: give a share of the pairs in (0, 1)")
+    raise ValueError(f"held_out={experiment.held_out}: give a share of the training prompts in (0, 1)")
   head = settings.head_spec(config, experiment)
   for variant in config.heads.variants:
     spec = settings.loss_spec(config, experiment, variant)

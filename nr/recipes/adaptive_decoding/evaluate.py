@@ -1,4 +1,7 @@
-"""Stage `evaluate`: every head against fixed settings and other adaptive rules, on new prompts."""
+"""Stage `evaluate`: every head against fixed settings and other adaptive rules, on test prompts.
+
+No head was trained on them; the language model was.
+"""
 
 import itertools
 import json
@@ -68,7 +71,8 @@ def evaluate_seed(context: StageContext, name: str, experiment: Any, seed: int) 
   picks: dict[str, dict[str, Any]] = {}
   for family in experiment.families:
     purpose = (config.seed, seed, name, family, "test")
-    prompts = families.make_prompts(family, experiment.num_test_prompts, settings.random_of(*purpose))
+    random = settings.random_of(*purpose)
+    prompts = families.make_prompts(family, experiment.num_test_prompts, random, "test")
 
     def record(arm: str, model: Network, family=family, prompts=prompts, purpose=purpose, **how: Any) -> None:
       written = write(

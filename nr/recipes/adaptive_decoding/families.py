@@ -9,10 +9,14 @@
     story  "story a b =" asks for sentences of four words, the first of them the marker, learned with
            probability 0.6 among equally likely others; the rest as in words.
 
-The two digits matter to sums only. Elsewhere they make prompts differ.
+The two digits matter to sums only. Elsewhere they make prompts differ. There are 100 pairs of digits; of these
+`TEST_PAIRS`, the same for all tasks and seeds, are for testing heads, the others for training them. The language
+model learns the tasks on all.
 """
 
 import dataclasses
+import hashlib
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +29,10 @@ NOUNS, STORY_NOUNS = 24, 11
 SENTENCE, SENTENCES = 4, 4
 NOISE, MARKER_PROBABILITY = 0.2, 0.6
 PROMPT_LENGTH = 4
+TEST_PAIRS = 30
+"""Pairs of digits in test prompts: our choice."""
+DIGITS = slice(1, 3)
+"""Where the digits are in a prompt."""
 TOKENIZER = WordTokenizer(
   ("sums", "words", "hidden", "story", "=", *map(str, range(10)), "mark", *(f"w{i}" for i in range(NOUNS)))
 )
@@ -62,16 +70,34 @@ class Family:
   reward: Callable[[Prompts, np.ndarray], np.ndarray]
 
 
-def make_prompts(name: str, count: int, random: np.random.Generator) -> Prompts:
-  """Returns random prompts of a family."""
-  digits_P2 = random.integers(0, 10, (count, 2)) + DIGIT
+def digit_pairs(part: str) -> np.ndarray:
+  """Returns [Q, 2], the pairs of digits of "train" or "test", which have none in common."""
+  everything = itertools.product(range(10), repeat=2)
+  ordered = sorted(everything, key=lambda pair: hashlib.sha256(f"{pair[0]} {pair[1]}".encode()).digest())
+  return np.asarray({"train": ordered[TEST_PAIRS:], "test": ordered[:TEST_PAIRS]}[part])
+
+
+def make_prompts(name: str, count: int, random: np.random.Generator, part: str | None = None) -> Prompts:
+  """Returns random prompts of a family; repeats are likely.
+
+  Args:
+    name: of the family.
+    count: P.
+    random: source of digits and coins.
+    part: "train" or "test", whose prompts differ; None: all, for the language model.
+  """
+  if part is None:
+    digits_P2 = random.integers(0, 10, (count, 2)) + DIGIT
+  else:
+    pairs_Q2 = digit_pairs(part)
+    digits_P2 = pairs_Q2[random.integers(0, len(pairs_Q2), count)] + DIGIT
   ends = np.full((count, 1), TOKENIZER.id_of(name)), np.full((count, 1), TOKENIZER.id_of("="))
   tokens_PT = np.concatenate([ends[0], digits_P2, ends[1]], axis=1).astype(np.int32)
   return Prompts(tokens_PT, random.random(count) < 0.5)
 
 
 def _answers(prompts: Prompts) -> np.ndarray:
-  a_P, b_P = (prompts.tokens_PT[:, 1:3] - DIGIT).T
+  a_P, b_P = (prompts.tokens_PT[:, DIGITS] - DIGIT).T
   return np.stack([a_P + b_P, 2 * a_P + b_P, 2 * a_P + 2 * b_P], axis=1) % 10 + DIGIT
 
 
@@ -95,9 +121,13 @@ def _write_words(prompts: Prompts, random: np.random.Generator) -> np.ndarray:
   return _ranked((len(prompts.tokens_PT), 8), NOUNS, random)
 
 
-def distinct(responses_PN: np.ndarray) -> np.ndarray:
-  """Returns [P], how many different words a response has (-1 is none), by its full length."""
-  ordered_PN = np.sort(responses_PN, axis=1)
+def distinct(responses_PN: np.ndarray, count: int = NOUNS) -> np.ndarray:
+  """Returns [P], how many different of the first `count` nouns a response has, by its full length.
+
+  Other tokens (digits, the marker, words of prompts) are no words that were asked for.
+  """
+  is_word_PN = (responses_PN >= NOUN) & (responses_PN < NOUN + count)
+  ordered_PN = np.sort(np.where(is_word_PN, responses_PN, -1), axis=1)
   is_new_PN = np.diff(ordered_PN, axis=1, prepend=-1) != 0
   return (is_new_PN & (ordered_PN >= 0)).sum(axis=1) / responses_PN.shape[1]
 
@@ -128,7 +158,7 @@ def _reward_story(prompts: Prompts, responses_PN: np.ndarray) -> np.ndarray:
   del prompts
   is_first_N = is_first_word(responses_PN.shape[1])
   marked_P = (responses_PN[:, is_first_N] == MARK).mean(axis=1)
-  return np.stack([marked_P, distinct(responses_PN[:, ~is_first_N])], axis=1)
+  return np.stack([marked_P, distinct(responses_PN[:, ~is_first_N], STORY_NOUNS)], axis=1)
 
 
 def _twice(values_P: np.ndarray) -> np.ndarray:

@@ -170,7 +170,7 @@ def baseline_accuracies(held_out: pairs.PairArrays, counts: Any, experiment: Any
     "always_lower": -np.asarray(experiment["values"], np.float64),
     "constant": pairs.setting_scores(counts),
   }
-  weights = held_out.weights / np.maximum(held_out.weights.sum(-1, keepdims=True), 1)
+  weights = pairs.token_shares(held_out)
   accuracies = {}
   for name, scores_K in scores.items():
     of_sides = (scores_K[held_out.choices] * weights).sum(-1)

@@ -30,7 +30,7 @@ def _one_of(is_candidate_N: np.ndarray, random: np.random.Generator) -> int:
 
 
 def extremes(scores: Scores, random: np.random.Generator, top: int) -> Pair:
-  """Best against worst reward, ties broken at random; no pair where all are equal (A.3, A.4)."""
+  """Best against worst reward (A.3, A.4). Ties broken at random, no pair where all are equal: our choice."""
   del top
   best, worst = scores.reward_N.max(), scores.reward_N.min()
   if best == worst:
@@ -39,7 +39,10 @@ def extremes(scores: Scores, random: np.random.Generator, top: int) -> Pair:
 
 
 def correctness(scores: Scores, random: np.random.Generator, top: int) -> Pair:
-  """A correct response against a wrong one, both at random; no pair where all are right or all wrong (A.2).
+  """A correct response against a wrong one (A.2).
+
+  Which ones is drawn at random, and there is no pair where all are right or all wrong: our choice, the paper
+  does not say.
 
   Raises:
     ValueError: a reward that is neither 0 nor 1.
@@ -69,7 +72,7 @@ def random_pair(scores: Scores, random: np.random.Generator, top: int) -> Pair:
 def constraint(scores: Scores, random: np.random.Generator, top: int) -> Pair:
   """Of the `top` best in quality the one with the best reward, of the `top` worst that with the worst (A.5).
 
-  Ties are broken at random; no pair where the two have the same reward and quality.
+  Ties are broken at random; no pair where the two have the same reward and quality: our choice.
   """
   # Shuffled before the stable sort, so that ties of quality are broken at random too.
   order_N = random.permutation(len(scores.quality_N))

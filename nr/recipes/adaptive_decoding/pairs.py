@@ -1,4 +1,4 @@
-"""Stage `pairs`: one pair a prompt, by the experiment's rule; a share of the prompts is held out."""
+"""Stage `pairs`: one pair a pool, by the experiment's rule; those of some prompts are held out."""
 
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ def run(context: StageContext) -> Artifact:
     pools = read_pools(context.path(pooled["path"]))
     random = settings.random_of(config.seed, seed, name, "pairs")
     pairs, counts = pairs_of(pools, experiment, random)
-    is_held_out = random.random(len(pairs)) < experiment.held_out
+    is_held_out = held_out_pairs(pairs, experiment.held_out, random)
     entry: dict[str, Any] = {"counts": counts, "settings": {}}
     for split, members in zip(SPLITS, (~is_held_out, is_held_out)):
       path = context.directory / f"{name}_seed{seed}_{split}.jsonl"
@@ -42,7 +42,11 @@ def run(context: StageContext) -> Artifact:
 def pairs_of(
   pools: list[Pool], experiment: Any, random: np.random.Generator
 ) -> tuple[list[PreferencePair], dict[str, int]]:
-  """Returns the pairs, and how many prompts gave none and why."""
+  """Returns the pairs, how many pools gave none, and how many pairs have one setting on both sides.
+
+  Such a pair is kept: Eq. 10 has no gradient on it where a setting is picked once a response, but Eq. 11 and
+  the likelihood of what was chosen have.
+  """
   pairs, counts = [], {"prompts": len(pools), "no_pair": 0, "same_setting": 0}
   for pool in pools:
     scores = Scores(
@@ -56,9 +60,7 @@ def pairs_of(
     sides = [pool.samples[index] for index in found]
     choices = [list(side.extras["choices"]) for side in sides]
     if experiment.level == "sequence" and choices[0][0] == choices[1][0]:
-      # Under Eq. 10 it has no gradient: the choice was the same.
       counts["same_setting"] += 1
-      continue
     pairs.append(
       PreferencePair(
         id=pool.id,
@@ -77,6 +79,21 @@ def pairs_of(
       )
     )
   return pairs, counts
+
+
+def held_out_pairs(pairs: list[PreferencePair], share: float, random: np.random.Generator) -> np.ndarray:
+  """Returns bool [P], the pairs whose prompt has digits that are held out, the same for all families.
+
+  Args:
+    pairs: P of them.
+    share: of the distinct digits, rounded; at least one is held out and one is not, if there are two.
+    random: decides which.
+  """
+  digits = [tuple(pair.prompt_tokens[families.DIGITS]) for pair in pairs]
+  distinct = sorted(set(digits))
+  number = min(max(round(share * len(distinct)), 1), len(distinct) - 1)
+  held_out = {distinct[index] for index in random.permutation(len(distinct))[: max(number, 0)]}
+  return np.asarray([each in held_out for each in digits], bool)
 
 
 class PairArrays(NamedTuple):
@@ -111,12 +128,18 @@ def read_arrays(path: Any) -> PairArrays:
   return PairArrays(tokens[..., :-1], tokens[..., 1:], weights, choices)
 
 
+def token_shares(arrays: PairArrays) -> np.ndarray:
+  """Returns float64 [P, 2, T], the weights scaled so that each response has 1 in all."""
+  # In float32 the sum would differ between lengths, and ties would not be ties.
+  weights_P2T = arrays.weights.astype(np.float64)
+  return weights_P2T / np.maximum(weights_P2T.sum(-1, keepdims=True), 1)
+
+
 def setting_counts(arrays: PairArrays, count: int) -> dict[str, list[float]]:
   """Returns how often each setting was chosen and rejected, a response counting 1 in all."""
-  shares = []
+  shares, weights_P2T = [], token_shares(arrays)
   for side in (0, 1):
-    weights_PT = arrays.weights[:, side] / np.maximum(arrays.weights[:, side].sum(1, keepdims=True), 1)
-    of_side = np.bincount(arrays.choices[:, side].ravel(), weights_PT.ravel(), minlength=count)
+    of_side = np.bincount(arrays.choices[:, side].ravel(), weights_P2T[:, side].ravel(), minlength=count)
     shares.append(of_side.tolist())
   return {"chosen": shares[0], "rejected": shares[1]}
 

@@ -24,7 +24,8 @@ def run(context: StageContext) -> Artifact:
       pools, curves = [], {}
       for family in experiment.families:
         purpose = (config.seed, seed, name, family, "train")
-        prompts = families.make_prompts(family, experiment.num_prompts, settings.random_of(*purpose))
+        random = settings.random_of(*purpose)
+        prompts = families.make_prompts(family, experiment.num_prompts, random, "train")
         written = write(
           adaptive,
           prompts.tokens_PT,
@@ -46,15 +47,16 @@ def drawn(experiment: Any, selection: str, values: tuple[float, ...] | None = No
   return DrawnSetting(values, experiment.action, experiment.level, selection)
 
 
-def reward_curve(written: Written, rewards_R: np.ndarray, count: int) -> list[float]:
-  """Returns the mean reward by setting, a response counted as often as it has tokens drawn with it."""
-  choices_RN = written.choices_RN
-  totals = np.zeros(count)
-  numbers = np.zeros(count)
+def reward_curve(written: Written, rewards_R: np.ndarray, count: int) -> list[float | None]:
+  """Returns the mean reward by setting, a response counted as often as it has tokens drawn with it.
+
+  None stands for a setting that was never drawn.
+  """
+  curve: list[float | None] = []
   for setting in range(count):
-    share_R = (choices_RN == setting).sum(axis=1)
-    totals[setting], numbers[setting] = (share_R * rewards_R).sum(), share_R.sum()
-  return (totals / np.maximum(numbers, 1)).tolist()
+    number_R = (written.choices_RN == setting).sum(axis=1)
+    curve.append(float((number_R * rewards_R).sum() / number_R.sum()) if number_R.any() else None)
+  return curve
 
 
 def make_pools(

@@ -45,46 +45,51 @@ def gather(context: StageContext) -> dict[str, Any]:
 
 
 def draw(context: StageContext, report: dict[str, Any]) -> list[str]:
-  """Draws what the heads picked, and returns the plots' paths relative to the run directory."""
+  """Draws what the heads of the first seed picked; returns the plots' paths relative to the run directory."""
   folder, seed = context.workdir / "plots", str(report["seeds"][0])
   for name, evaluated in report["evaluation"].items():
     values, picks = report["values"][name], evaluated["picks"][seed]
-    histograms = {
-      f"{arm}, {family}": (values, found["histogram"])
+    picked = {
+      f"{arm}, {family}": found
       for arm, tasks in picks.items()
       for family, found in tasks.items()
       if not arm.endswith("_sample")
     }
+    histograms = {label: (values, found["histogram"]) for label, found in picked.items()}
     plots.plot_curves(
       folder / f"{name}_settings.png",
       histograms,
-      title=f"What the heads pick: {name}",
+      title=f"What the heads pick: {name}, seed {seed}",
       x_label="setting",
       y_label="share of the tokens",
     )
     if report["levels"][name] == "token":
       lines = {
-        arm: (list(range(len(found["mean_by_position"]))), found["mean_by_position"])
-        for arm, tasks in picks.items()
-        for found in tasks.values()
-        if not arm.endswith("_sample")
+        label: (list(range(len(found["mean_by_position"]))), found["mean_by_position"])
+        for label, found in picked.items()
       }
       plots.plot_curves(
         folder / f"{name}_positions.png",
         lines,
-        title="Mean setting by token of the response",
+        title=f"Mean setting by token of the response: {name}, seed {seed}",
         x_label="token",
         y_label="mean setting",
       )
     curves = {
-      family: (values, curve)
+      family: drawn_points(values, curve)
       for family, curve in report["pools"][f"{name}/{seed}"]["mean_reward_by_setting"].items()
     }
     plots.plot_curves(
       folder / f"{name}_rewards.png",
       curves,
-      title=f"Mean reward by setting, training pools: {name}",
+      title=f"Mean reward by setting, training pools: {name}, seed {seed}",
       x_label="setting",
       y_label="reward",
     )
   return sorted(context.relative(path) for path in folder.glob("*.png"))
+
+
+def drawn_points(values: list[float], curve: list[float | None]) -> tuple[list[float], list[float]]:
+  """Returns the points of a curve without settings that were never drawn."""
+  points = [(value, reward) for value, reward in zip(values, curve, strict=True) if reward is not None]
+  return [value for value, _ in points], [reward for _, reward in points]

@@ -6,7 +6,7 @@ import numpy as np
 
 from nr.evaluation.reports import table
 from nr.recipes.adaptive_decoding.evaluate import head_of
-from nr.recipes.adaptive_decoding.families import SENTENCE, SENTENCES
+from nr.recipes.adaptive_decoding.families import SENTENCE, SENTENCES, TEST_PAIRS
 
 TITLES = {
   "mini": "Two tasks that the prompt tells apart",
@@ -44,7 +44,11 @@ def scope(report: dict[str, Any]) -> str:
     f"Toys on a tiny language model, {seeds}. Winrates are the head's share of points in percent (ties 0.5), "
     "averaged over the tasks, with 95 % bootstrap intervals. The baselines' settings were not tuned. "
     "`best_single` is the fixed setting that the training pairs prefer; `oracle` is, for every task, the fixed "
-    "setting that wins most on the test prompts themselves."
+    "setting that wins most on the test prompts themselves.\n\n"
+    f"A task has 100 prompts. The test prompts are drawn with repeats from {TEST_PAIRS} of them, which no head was "
+    "trained on, always the same; the intervals take the draws as independent and do not cover which prompts were "
+    "set aside. The frozen language model has learned on all 100. Held-out pairs are of prompts that the head was "
+    "not trained on either. Plots show the first seed."
   )
 
 
@@ -124,27 +128,34 @@ def head_table(report: dict[str, Any], name: str) -> str:
 
 
 def position_table(report: dict[str, Any], name: str) -> str:
-  """Returns the mean setting by place in the sentence, over seeds and sentences (the paper's figure 5)."""
-  rows = []
-  for arm, tasks in report["evaluation"][name]["picks"][str(report["seeds"][0])].items():
-    means_N = np.mean(
-      [
-        report["evaluation"][name]["picks"][str(seed)][arm][task]["mean_by_position"][: SENTENCE * SENTENCES]
-        for seed in report["seeds"]
-        for task in tasks
-      ],
-      axis=0,
-    )
-    rows.append([arm, *(float(means_N[place::SENTENCE].mean()) for place in range(SENTENCE))])
+  """Returns the mean setting by place in the sentence, over seeds and sentences (the paper's figure 5).
+
+  Only stories have sentences; without that task there is no table. Words that no response of a seed reaches
+  are left out of the mean.
+  """
+  picks, rows = report["evaluation"][name]["picks"], []
+  for arm, tasks in picks[str(report["seeds"][0])].items():
+    if "story" not in tasks:
+      return ""
+    found = [picks[str(seed)][arm]["story"]["mean_by_position"] for seed in report["seeds"]]
+    by_place = [
+      [mean for means in found for mean in means[place : SENTENCE * SENTENCES : SENTENCE]]
+      for place in range(SENTENCE)
+    ]
+    rows.append([arm, *(float(np.mean(means)) if means else "none" for means in by_place)])
   header = ["head", "first word of a sentence", *(f"word {place + 1}" for place in range(1, SENTENCE))]
-  return "Mean setting by place in the sentence:\n\n" + table(header, rows)
+  return "Mean setting by place in the sentence, stories:\n\n" + table(header, rows)
 
 
 def pairs_text(report: dict[str, Any], name: str) -> str:
   """Says how many pairs there were, and how often each setting was chosen and rejected."""
   made = [report["pairs"][f"{name}/{seed}"] for seed in report["seeds"]]
   total = {key: sum(entry["counts"][key] for entry in made) for key in made[0]["counts"]}
-  rows = []
+  same, rows = "", []
+  if report["levels"][name] == "sequence":
+    same = (
+      f" {total['same_setting']} pairs have the same setting on both sides, on which Eq. 10 has no gradient."
+    )
   for index, value in enumerate(report["values"][name]):
     chosen, rejected = (
       sum(entry["settings"][side][index] for entry in made) for side in ("chosen", "rejected")
@@ -153,9 +164,9 @@ def pairs_text(report: dict[str, Any], name: str) -> str:
       [value, float(chosen), float(rejected), float(chosen / rejected) if rejected else "none rejected"]
     )
   return (
-    f"Of {total['prompts']} prompts {total['train'] + total['held_out']} gave a pair; {total['no_pair']} had only "
-    f"ties, {total['same_setting']} the same setting on both sides. How often each setting was chosen and "
-    "rejected in the training pairs:\n\n" + table(["setting", "chosen", "rejected", "ratio"], rows)
+    f"Of {total['prompts']} pools {total['train'] + total['held_out']} gave a pair; {total['no_pair']} had only "
+    f"ties.{same} How often each setting was chosen and rejected in the training pairs:\n\n"
+    + table(["setting", "chosen", "rejected", "ratio"], rows)
   )
 
 

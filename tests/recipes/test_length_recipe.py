@@ -52,6 +52,34 @@ def test_the_paper_s_variant_asks_for_what_it_needs(tmp_path):
     length_instruct.validate(config)
 
 
+def test_what_is_asked_of_files_and_judges_is_checked_first(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.setenv("TEST_JUDGE_KEY", "secret")
+  monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+  path = tmp_path / "file"
+  path.write_text("")
+  good = dict(base__checkpoint=str(path), evaluate__answered=str(path), evaluate__mt_bench_li=str(path),
+              evaluate__mt_bench_li_baselines=str(path), evaluate__judge__url="http://localhost:1",
+              evaluate__judge__api_key_variable="TEST_JUDGE_KEY")  # fmt: skip
+  length_instruct.validate(config_of("benchmark", **good))
+  for changes, named in (
+    (dict(evaluate__answered=str(tmp_path / "none")), "evaluate.answered="),
+    (dict(evaluate__chain="temprature(0.7)"), "evaluate.chain: .*did you mean 'temperature'"),
+    (dict(evaluate__judge__api_key_variable="NO_SUCH_KEY"), "evaluate.judge.api_key_variable='NO_SUCH_KEY'"),
+    (dict(evaluate__mt_bench_li_baselines=""), "evaluate.mt_bench_li_baselines=''"),
+    # Nobody who reads the files later would expand it.
+    (dict(base__checkpoint="~/file"), "base.checkpoint='~/file': no such file"),
+  ):
+    with pytest.raises(ValueError, match=named):
+      length_instruct.validate(config_of("benchmark", **{**good, **changes}))
+  without = dict(
+    evaluate__judge__url="",
+    evaluate__mt_bench_li_baselines="",
+    evaluate__judge__api_key_variable="NO_SUCH_KEY",
+  )
+  length_instruct.validate(config_of("benchmark", **{**good, **without}))
+
+
 @pytest.mark.parametrize(
   "changes, named",
   [

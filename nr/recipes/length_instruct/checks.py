@@ -1,10 +1,12 @@
 """What can be refused before any device time is spent, by field, value and remedy."""
 
+import os
 import pathlib
 from typing import Any
 
 import jax
 
+from nr.generation.transforms.text import parse
 from nr.names import unknown
 from nr.recipes.length_instruct import settings
 from nr.recipes.length_instruct.augmentation import MIXES
@@ -24,6 +26,10 @@ def validate(config: Any) -> None:
     raise ValueError(f"seeds={config.seeds}: name at least one seed, each once, for example (0,)")
   settings.lift_spec(config)
   _check_arms(config)
+  try:
+    parse(config.evaluate.chain)
+  except ValueError as error:
+    raise ValueError(f"evaluate.chain: {error}") from error
   for name in ("base.train", "train"):
     section = config.base.train if name == "base.train" else config.train
     try:
@@ -88,13 +94,28 @@ def _check_files(config: Any) -> None:
     "data.pairs": config.data.pairs,
     **{
       f"evaluate.{name}": config.evaluate[name]
-      for name in ("alpaca_eval_li", "mt_bench_li", "mt_bench_li_baselines")
+      for name in ("alpaca_eval_li", "mt_bench_li", "mt_bench_li_baselines", "answered")
     },
   }
   for field, path in named.items():
-    if path and not pathlib.Path(path).expanduser().exists():
-      raise ValueError(f"{field}={path!r}: no such file or folder")
+    if path and not pathlib.Path(path).exists():
+      raise ValueError(f"{field}={path!r}: no such file or folder; '~' stands for nothing here, write it out")
   if not any(config.evaluate[name] for name in BENCHMARKS):
     raise ValueError(
       "evaluate.alpaca_eval_li='': name at least one benchmark file, there is nothing to measure on"
+    )
+  _check_judge(config)
+
+
+def _check_judge(config: Any) -> None:
+  judge = config.evaluate.judge
+  if not judge.url:
+    return
+  if judge.api_key_variable and not os.environ.get(judge.api_key_variable):
+    raise ValueError(
+      f"evaluate.judge.api_key_variable={judge.api_key_variable!r}: no such environment variable is set; set it, or ''"
+    )
+  if config.evaluate.mt_bench_li and not config.evaluate.mt_bench_li_baselines:
+    raise ValueError(
+      "evaluate.mt_bench_li_baselines='': a judge compares with baselines; name their file, or no evaluate.judge.url"
     )

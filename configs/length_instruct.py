@@ -134,6 +134,8 @@ def _base() -> ConfigDict:
 def _arms() -> ConfigDict:
   """Returns the arms: which pairs each sees, and its loss (fields of PreferenceSpec).
 
+  An arm may set fields of the section `train` for itself, in a section `train` of its own.
+
   The toy's losses hold a token-mean NLL of the chosen response (our choice, as the specification
   of preference learning asks for on small worlds): without it the probability that training
   takes from rejected answers goes to tokens that no answer has, on some seeds and not on others.
@@ -168,7 +170,7 @@ def _evaluate() -> ConfigDict:
       "answered": "",  # JSON lines {id, instruction, responses} of one's own, made into cases by the same rule
       "most_cases": 0,  # of each benchmark; 0: all
       "max_new_tokens": 2048,
-      "chain": "temperature(0.7)|top_p(0.9)",
+      "chain": "temperature(0.7)|top_p(0.9)",  # ours, in every variant
       "judge": {
         "url": "",  # "": no judge
         "model": "",
@@ -206,10 +208,16 @@ def _make_paper(config: ConfigDict) -> None:
   """The paper's template, filter and losses; its unknown settings are ours and marked so."""
   config.lift.update(template=TEMPLATE, counter="words", min_difference=10, margin=10)
   config.data.max_length = 2048  # ours
-  # The paper names no beta, learning rate, batch size or number of epochs: all ours.
-  config.train.update(steps=280, batch_size=64)  # two epochs of D plus D' (2,977 + 5,954 pairs)
+  # The anonymous submission gives no beta, learning rate, batch size or number of epochs (what the arXiv
+  # version gives is not known to us): all ours, as is how answers are sampled (evaluate.chain).
+  config.train.update(steps=279, batch_size=64)  # two epochs of D plus D' (2,977 + 5,954 pairs)
   config.train.optimizer.update(name="adamw", learning_rate=5e-7, beta2=0.95)
   config.train.schedule.update(name="cosine", warmup_steps=28)
+  # Two epochs for the other mixes too: steps of their own, which train.steps does not change.
+  for mix, steps in (("plain", 93), ("augmented_only", 186)):
+    for arm in config.arms:
+      if config.arms[arm].mix == mix:
+        config.arms[arm].train = ConfigDict({"steps": steps, "schedule": {"warmup_steps": steps // 10}})
   config.train.clip = 1.0
   config.train.checkpoint.every = 200
   config.base.train.update(steps=100, batch_size=64)  # 3,200 answers, two epochs

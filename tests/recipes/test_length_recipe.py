@@ -102,6 +102,30 @@ def test_mistakes_are_named(changes, named):
     length_instruct.validate(config_of(**changes))
 
 
+def test_arms_of_the_paper_s_variant_see_their_pairs_equally_often():
+  config = config_of("paper", train__optimizer__learning_rate=1e-6)
+  pairs = {"plain": 2977, "augmented_only": 5954, "union": 8931}
+  for arm in settings.arm_names(config):
+    section = settings.train_section(config, arm)
+    assert section.steps * section.batch_size / pairs[config.arms[arm].mix] == pytest.approx(2, abs=0.01), arm
+    assert section.schedule.warmup_steps == pytest.approx(section.steps / 10, abs=1)
+    # What an arm does not set for itself is everybody's.
+    assert section.optimizer.learning_rate == 1e-6 and section.schedule.name == "cosine"
+  tiny = config_of()
+  assert settings.train_section(tiny, "dpo").to_dict() == tiny.train.to_dict()
+
+
+@pytest.mark.parametrize(
+  "own, named", [({"stesp": 3}, "arms.dpo.train: .*stesp"), ({"steps": -1}, "arms.dpo.train: training.steps")]
+)
+def test_mistakes_in_an_arm_s_own_training_are_named(own, named):
+  config = config_of()
+  with config.unlocked():
+    config.arms.dpo.train = own
+  with pytest.raises(ValueError, match=named):
+    length_instruct.validate(config)
+
+
 def test_arms_can_be_left_out():
   config = config_of("miniature")
   assert settings.arm_names(config) == ["dpo", "r_dpo_large", "lift"]

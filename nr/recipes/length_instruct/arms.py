@@ -38,7 +38,7 @@ def _train(context: StageContext, language: settings.Language, arm: str, seed: i
   spec, params = settings.open_model(context, context.inputs["base"]["models"][str(seed)])
   method = preference_method(full_policy(spec, params), settings.preference_spec(config, arm), name=arm)
   encoded = encode_pairs(pairs, language.format, settings.length_limits(config))
-  training = training_config(config.arms[arm].train if "train" in config.arms[arm] else config.train, seed)
+  training = training_config(settings.train_section(config, arm), seed)
   batches = padded_batches(
     encoded.examples, training.batch_size, settings.encoded_lengths(config), seed=training.seed
   )

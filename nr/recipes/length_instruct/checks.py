@@ -26,20 +26,27 @@ def validate(config: Any) -> None:
     raise ValueError(f"seeds={config.seeds}: name at least one seed, each once, for example (0,)")
   settings.lift_spec(config)
   _check_arms(config)
+  _check_training(config)
   try:
     parse(config.evaluate.chain)
   except ValueError as error:
     raise ValueError(f"evaluate.chain: {error}") from error
-  for name in ("base.train", "train"):
-    section = config.base.train if name == "base.train" else config.train
-    try:
-      defaults.validate(section, sharding.mesh_sizes(section.mesh, jax.device_count()), jax.process_count())
-    except ValueError as error:
-      raise ValueError(f"{name}: {error}") from error
   if settings.is_toy(config):
     _check_toy(config)
   else:
     _check_files(config)
+
+
+def _check_training(config: Any) -> None:
+  named = {"base.train": lambda: config.base.train, "train": lambda: config.train}
+  for arm in settings.arm_names(config):
+    named[f"arms.{arm}.train"] = lambda arm=arm: settings.train_section(config, arm)
+  for name, section_of in named.items():
+    try:
+      section = section_of()
+      defaults.validate(section, sharding.mesh_sizes(section.mesh, jax.device_count()), jax.process_count())
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}") from error
 
 
 def _check_arms(config: Any) -> None:

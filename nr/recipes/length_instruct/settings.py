@@ -64,6 +64,20 @@ def preference_spec(config: Any, arm: str) -> PreferenceSpec:
   return PreferenceSpec.from_dict(config.arms[arm].loss.to_dict())
 
 
+def train_section(config: Any, arm: str) -> Any:
+  """Returns the training section of an arm: the config's, with the fields that the arm sets in `train`.
+
+  Raises:
+    ValueError: a field that training sections do not have.
+  """
+  section = config.train.copy_and_resolve_references()
+  try:
+    section.lock().update(config.arms[arm].get("train", {}))
+  except (KeyError, TypeError) as error:
+    raise ValueError(f"{error.args[0]}; give fields of the section train") from error
+  return section
+
+
 def length_limits(config: Any) -> LengthLimits:
   """Returns how long examples may be. A response is never cut: without its end it would teach none."""
   return LengthLimits(config.data.max_length, when_long="drop")

@@ -28,12 +28,12 @@ import jax
 import numpy as np
 
 from nr.data.example_batches import padded_batches
-from nr.data.examples import EncodedExample, EncodingReport, LeftOut, LengthLimits, join
+from nr.data.examples import EncodedExample, EncodingReport
+from nr.data.json_lines import LineAppender, json_line
 from nr.data.pools import Pool, PoolSample, PoolWriter, read_pools
-from nr.data.preferences import PreferencePair
 from nr.generators.protocol import Generator, Request, Sample, samples_by_request
 from nr.judges.protocol import Item, Judge
-from nr.objectives.group_relative import GroupRelativeSpec, group_advantages
+from nr.recipes.round_examples import Prepared, with_columns
 from nr.training.fingerprint import fingerprint
 from nr.training.policy import Policy
 
@@ -132,26 +132,30 @@ def draw_pools(
   Returns:
     One pool a prompt, in the order of the prompts.
   """
-  _set_aside_if_other(path, model, {prompt.id for prompt in prompts})
+  _set_aside_if_other(path, model, spec, {prompt.id for prompt in prompts})
   with PoolWriter(path) as writer:
-    owed = [prompt for prompt in prompts if writer.missing(prompt.id, spec.num_samples, round)]
-    for start in range(0, len(owed), spec.prompts_per_write):
-      for pool in _draw(owed[start : start + spec.prompts_per_write], generator, judge, spec, round, model):
-        writer.append(pool)
+    for start in range(0, len(prompts), spec.prompts_per_write):
+      together = prompts[start : start + spec.prompts_per_write]
+      owed = {prompt.id for prompt in together if writer.missing(prompt.id, spec.num_samples, round)}
+      # Drawn together again even if a few are owed: batches of another shape round differently.
+      for pool in _draw(together, generator, judge, spec, round, model) if owed else ():
+        if pool.id in owed:
+          writer.append(pool)
   by_id = {pool.id: pool for pool in read_pools(path)}
   return [by_id[prompt.id] for prompt in prompts]
 
 
-def _set_aside_if_other(path: pathlib.Path, model: str, ids: set[str]) -> None:
+def _set_aside_if_other(path: pathlib.Path, model: str, spec: RoundSpec, ids: set[str]) -> None:
   if not path.exists():
     return
   pools = read_pools(path)
-  if all(pool.model == model and pool.id in ids for pool in pools):
+  wanted = model, spec.chain, spec.num_samples
+  if all(pool.id in ids and (pool.model, pool.chain, len(pool.samples)) == wanted for pool in pools):
     return
   number = len(list(path.parent.glob(f"{path.stem}.other*.jsonl")))
   aside = path.with_name(f"{path.stem}.other{number}.jsonl")
   path.rename(aside)
-  logging.warning("%s was drawn by other parameters or from other prompts: kept as %s", path, aside.name)
+  logging.warning("%s was drawn by other parameters or in another way: kept as %s", path, aside.name)
 
 
 def _draw(
@@ -172,13 +176,13 @@ def _draw(
   ]
   drawn = samples_by_request(requests, generator.generate(requests))
   scored = _scores(prompts, drawn, judge)
-  for prompt, samples in zip(prompts, drawn):
+  for prompt, request, samples in zip(prompts, requests, drawn):
     yield Pool(
       id=prompt.id,
       prompt=prompt.prompt,
       samples=tuple(_record(sample, *scored[prompt.id, sample.index]) for sample in samples),
       reference=prompt.reference,
-      prompt_tokens=tuple(generator.encode(prompt.prompt)) if hasattr(generator, "encode") else None,
+      prompt_tokens=tuple(generator.encode(request.prompt)) if hasattr(generator, "encode") else None,
       round=round,
       chain=spec.chain,
       model=model,
@@ -216,21 +220,6 @@ def _record(sample: Sample, score: float | None, details: Mapping[str, Any]) -> 
   )
 
 
-class Prepared(NamedTuple):
-  """Pools made ready to be learnt from.
-
-  Attributes:
-    examples: pairs, or single responses.
-    report: what was left out, and why.
-    columns: further fields of the batches, [examples, ...]: row i belongs to example i;
-      with an axis of tokens they are aligned with the targets and padded with 0.
-  """
-
-  examples: list[EncodedExample]
-  report: EncodingReport
-  columns: Mapping[str, np.ndarray] = {}
-
-
 class RoundBatches:
   """Batches of examples that the policy under training makes for itself; data for `nr.training.loop.train`.
 
@@ -241,7 +230,7 @@ class RoundBatches:
       `nr.generators.in_process.InProcess`.
     judge: scores responses.
     prompts: to draw pools for.
-    prepare: (pools, most tokens of an example) -> examples; see `pairs_of` and `groups_of`.
+    prepare: (pools, most tokens of an example) -> examples; see `nr.recipes.round_examples`.
     spec: how rounds go.
     batch_size: examples a batch.
     lengths: lengths that a batch may have, growing; an example that fits none is left out
@@ -299,12 +288,13 @@ class RoundBatches:
     if params is None:
       pools = self._complete_pools(round, prompts)
     else:
-      name = fingerprint(params)
+      name, is_new = fingerprint(params), not self.path(round).exists()
       generator = self.generator.with_params(self._assemble(params, self.policy.fixed), model=name)
       pools = draw_pools(self.path(round), prompts, generator, self.judge, self.spec, round, name)
+    _require_some_text(round, pools)
     prepared = self.prepare(pools, self.lengths[-1])
     if params is not None:
-      self._note(round, pools, prepared.report, time.monotonic() - began)
+      self._note(round, pools, prepared.report, time.monotonic() - began if is_new else None)
     return self._batches(round, prepared)
 
   def _complete_pools(self, round: int, prompts: list[PoolPrompt]) -> list[Pool]:
@@ -329,9 +319,13 @@ class RoundBatches:
       yield with_columns(self._empty(prepared), prepared.columns)
 
   def _empty(self, prepared: Prepared) -> Batch:
-    """Returns a batch without an example: a step on it changes nothing but the optimizer's moments."""
+    """Returns a batch without an example.
+
+    A step on it has no gradient; momentum and weight decay act as ever, as they do in the
+    authors' code of DivPO, which multiplies the loss of such a step by 0.
+    """
     nothing = np.zeros(2, np.int32), np.zeros(2, bool)
-    sides = 1 if prepared.columns else 2
+    sides = prepared.num_sequences
     example = EncodedExample("none", (nothing[0],) * sides, (nothing[1],) * sides, 0.0)
     batch = next(iter(padded_batches([example], self.batch_size, self.lengths[-1:], None, 1)))
     return {**batch, "indices": np.full_like(batch["indices"], -1)}
@@ -341,8 +335,8 @@ class RoundBatches:
       return None
     return int(np.random.SeedSequence([self.spec.seed, round]).generate_state(1)[0])
 
-  def _note(self, round: int, pools: list[Pool], report: EncodingReport, seconds: float) -> None:
-    """Appends what a round came to; a round that was drawn again after a kill is noted again."""
+  def _note(self, round: int, pools: list[Pool], report: EncodingReport, seconds: float | None) -> None:
+    """Appends what a round came to; seconds are None where pools of an earlier attempt were there."""
     samples = [sample for pool in pools for sample in pool.samples]
     scores = [sample.score for sample in samples if sample.score is not None]
     lengths = [len(sample.tokens) for sample in samples if sample.tokens is not None]
@@ -355,126 +349,39 @@ class RoundBatches:
       "mean_tokens": float(np.mean(lengths)) if lengths else None,
       "examples": report.kept,
       "left_out": {reason: len(ids) for reason, ids in report.dropped.items()},
-      "seconds": float(np.round(seconds, 3)),
+      "empty_steps": self._empty_steps(report.kept),
+      "seconds": None if seconds is None else float(np.round(seconds, 3)),
     }
-    with open(self.directory / "rounds.jsonl", "a", encoding="utf-8") as stream:
-      stream.write(json.dumps(row) + "\n")
+    notes = LineAppender(self.directory / "rounds.jsonl")  # takes off what a kill left of a line
+    notes.append(json_line(row, "rounds.jsonl"))
+    notes.close()
+
+  def _empty_steps(self, examples: int) -> int:
+    """Returns how many steps of a round find no example left."""
+    if examples and self.spec.is_repeated:
+      return 0
+    return max(0, self.spec.steps_per_round - -(-examples // self.batch_size))
 
 
-class _SampledText:
-  """The format of pairs that come as tokens: nothing is encoded, and shortening may take any prompt token."""
-
-  begin_ids: tuple[int, ...] = ()
-  end_id = -1
-
-
-def sampled_example(
-  id: str,
-  prompt: Sequence[int],
-  responses: Sequence[Sequence[int]],
-  weight: float,
-  limits: LengthLimits,
-  report: EncodingReport,
-) -> EncodedExample | None:
-  """Returns sampled responses with their prompt; None, and why in the report, of what cannot be used.
-
-  Oldest prompt tokens are cut off where it is too long; responses are never cut.
-  """
-  report.total += 1
-  try:
-    if len(responses) == 2 and list(responses[0]) == list(responses[1]):
-      raise LeftOut("identical responses")
-    sides = [list(response) for response in responses]
-    if not all(sides):
-      raise LeftOut("empty response")
-    example = join(id, list(prompt), sides, weight, _SampledText(), limits, report)
-  except LeftOut as reason:
-    report.dropped[str(reason)].append(id)
-    return None
-  report.kept += 1
-  return example
+def _require_some_text(round: int, pools: list[Pool]) -> None:
+  """Raises ValueError where every sample of a round failed: nothing could ever be learnt."""
+  samples = [sample for pool in pools for sample in pool.samples]
+  if samples and all(sample.text is None for sample in samples):
+    reason = samples[0].details.get("reason", "no reason was given")
+    raise ValueError(f"round {round}: all {len(samples)} samples failed; the first: {reason}")
 
 
-def pairs_of(
-  make_pairs: Callable[[list[Pool]], list[PreferencePair]],
-) -> Callable[[list[Pool], int], Prepared]:
-  """Returns how pools become pairs.
-
-  Args:
-    make_pairs: pools -> pairs with prompt_tokens, chosen_tokens and rejected_tokens.
-  """
-
-  def prepare(pools: list[Pool], max_length: int) -> Prepared:
-    report, limits = EncodingReport(), LengthLimits(max_length)
-    found = [
-      sampled_example(
-        pair.id, pair.prompt_tokens, (pair.chosen_tokens, pair.rejected_tokens), pair.weight, limits, report
-      )
-      for pair in make_pairs(pools)
-    ]
-    return Prepared([example for example in found if example is not None], report)
-
-  return prepare
-
-
-def groups_of(
-  spec: GroupRelativeSpec, make_rewards: Callable[[list[Pool]], np.ndarray] | None = None
-) -> Callable[[list[Pool], int], Prepared]:
-  """Returns how pools become single responses with advantages, for GRPO and its variants.
-
-  Args:
-    spec: how rewards become advantages.
-    make_rewards: pools -> rewards [B, G], NaN for what has none; None: the judge's scores.
-  """
-  make_rewards = make_rewards or scores_of
-
-  def prepare(pools: list[Pool], max_length: int) -> Prepared:
-    report, limits = EncodingReport(), LengthLimits(max_length)
-    rewards_BG = make_rewards(pools)
-    advantages_BG = np.asarray(group_advantages(spec, np.nan_to_num(rewards_BG), np.isfinite(rewards_BG)))
-    examples, advantages, log_probs = [], [], []
-    for pool, rewards_G, advantages_G in zip(pools, rewards_BG, advantages_BG):
-      for sample, reward, advantage in zip(pool.samples, rewards_G, advantages_G):
-        if not np.isfinite(reward):
-          continue
-        id = f"{pool.id}/{sample.index}"
-        example = sampled_example(id, pool.prompt_tokens, (sample.tokens,), 1.0, limits, report)
-        if example is not None:
-          row = np.zeros(max_length, np.float32)
-          first = len(example.tokens[0]) - len(sample.tokens) - 1  # the last prompt token predicts the first
-          row[first : first + len(sample.tokens)] = sample.log_probs
-          examples.append(example)
-          advantages.append(advantage)
-          log_probs.append(row)
-    columns = {
-      "advantages": np.array(advantages, np.float32).reshape(len(examples)),
-      "sampled_log_probs": np.array(log_probs, np.float32).reshape(len(examples), max_length),
+def read_notes(directory: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns what every round came to: of several notes the latest, with the seconds of the first."""
+  found: dict[int, dict[str, Any]] = {}
+  for line in (directory / "rounds.jsonl").read_text(encoding="utf-8").splitlines():
+    row = json.loads(line)
+    earlier = found.get(row["round"], row)
+    found[row["round"]] = {
+      **row,
+      "seconds": row["seconds"] if row["seconds"] is not None else earlier["seconds"],
     }
-    return Prepared(examples, report, columns)
-
-  return prepare
-
-
-def scores_of(pools: list[Pool]) -> np.ndarray:
-  """Returns the scores of pools [B, G] float32, NaN where there is none."""
-  size = max(len(pool.samples) for pool in pools)
-  scores_BG = np.full((len(pools), size), np.nan, np.float32)
-  for row, pool in enumerate(pools):
-    for place, sample in enumerate(pool.samples):
-      if sample.score is not None:
-        scores_BG[row, place] = sample.score
-  return scores_BG
-
-
-def with_columns(batch: Batch, columns: Mapping[str, np.ndarray]) -> Batch:
-  """Returns a batch of single responses with the rows of columns that belong to its examples, 0 elsewhere."""
-  found = dict(batch)
-  for name, values in columns.items():
-    indices_R = batch["indices"][:, 0]
-    rows = np.zeros((len(indices_R), *values.shape[1:]), values.dtype)
-    rows[indices_R >= 0] = values[indices_R[indices_R >= 0]]
-    found[name] = rows[:, : batch["tokens"].shape[-1]] if values.ndim > 1 else rows
-  return found
+  return [found[number] for number in sorted(found)]
 
 
 class RoundIterator(Iterator[Batch]):

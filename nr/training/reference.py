@@ -56,6 +56,10 @@ def make_reference(policy: Policy, kind: str, sync_every: int = 0) -> Reference:
     )
   if kind == "base" and policy.base is None:
     raise ValueError("reference='base': all of this policy is trained; choose 'frozen', or train an adapter")
+  if kind == "frozen" and policy.start is None:
+    raise ValueError(
+      "reference='frozen': this policy begins from nothing that could be copied; use full_policy, or 'synced'"
+    )
   frozen, frozen_axes = {"policy": policy.fixed}, {"policy": policy.fixed_axes}
   if kind == "frozen":
     frozen["reference"], frozen_axes["reference"] = policy.start, policy.axes

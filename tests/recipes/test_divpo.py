@@ -9,10 +9,11 @@ import pytest
 from configs.divpo import VARIANTS, get_config
 from nr import main
 from nr.data.pools import Pool, PoolSample
+from nr.generators.protocol import Sample
 from nr.judges.protocol import Item
 from nr.recipes.divpo import checks, settings
-from nr.recipes.divpo.evaluate import winrate
-from nr.recipes.divpo.pairs import SelectionSpec, make_pairs
+from nr.recipes.divpo.evaluate import Drawn, measure, winrate
+from nr.recipes.divpo.pairs import SelectionSpec, make_pairs, pool_rewards
 from nr.recipes.divpo.personas import JsonPersonas, PersonaWorld, ShortAnswers
 from nr.recipes.stages import read_manifest
 
@@ -41,21 +42,61 @@ def picked(spec, **changes):
   return [tuple(pair.provenance["indices"]) for pair in pairs]
 
 
+# Of the good texts 0 to 3 and the bad ones 4 to 6, each criterion finds another pair the most and least diverse.
+DIVERSE = (
+  ("{ name_0 city_0 job_0 }", 1.0, (-9.0, -0.1, -0.1, -0.1, -0.1, -0.1)),
+  ("{ name_0 city_0 job_0 }", 1.0, (-2.0,)),
+  ("{ name_0 city_0 name_1 name_2 name_3 }", 1.0, (-0.2,) * 7),
+  ("{ name_4 city_4 job_4 }", 1.0, (-0.3,) * 6),
+  ("{", 0.0, (-0.1,)),
+  ("{ name_0 city_0 job_0 job_0", 0.0, (-0.01,) * 8),
+  ("", 0.0, (-5.0,)),
+)
+
+
 @pytest.mark.parametrize(
   "spec, expected",
   [
-    (SelectionSpec(method="dpo"), (0, 3)),
-    (SelectionSpec(criterion="probability"), (2, 4)),
-    # By the sum the two-token text is the more probable one, by the mean too; the long invalid one is rare.
-    (SelectionSpec(criterion="probability", norm="sum"), (2, 4)),
-    (SelectionSpec(criterion="frequency"), (2, 4)),
-    (SelectionSpec(criterion="jaccard"), (2, 4)),
-    # Nothing that is not valid has attributes: both count as the same rare value, the first is taken.
-    (SelectionSpec(criterion="attribute_frequency"), (2, 3)),
+    (SelectionSpec(method="dpo"), (0, 4)),
+    (SelectionSpec(criterion="probability"), (1, 5)),
+    (SelectionSpec(criterion="probability", norm="sum"), (0, 5)),
+    (SelectionSpec(criterion="frequency"), (3, 4)),
+    (SelectionSpec(criterion="jaccard"), (3, 5)),
+    (SelectionSpec(criterion="attribute_frequency"), (3, 4)),
   ],
 )
 def test_criteria_pick_the_rare_good_and_the_common_bad(spec, expected):
-  assert picked(spec) == [expected]
+  texts, scores, log_probs = zip(*DIVERSE)
+  samples = tuple(
+    PoolSample(index, text, tuple(range(len(each))), each, score=score)
+    for index, (text, score, each) in enumerate(zip(texts, scores, log_probs))
+  )
+  (pair,) = make_pairs([Pool("p", "persona", samples, prompt_tokens=(1,))], spec, WORLD)
+  assert tuple(pair.provenance["indices"]) == expected
+
+
+def test_rewards_of_groups_are_scores_times_diversity():
+  spec = SelectionSpec(method="grpo", reward="score_times_diversity", criterion="frequency")
+  (rewards,) = pool_rewards([pool(scores=[1.0, 1.0, 1.0, 0.0, None])], spec, WORLD)
+  assert rewards[2] > rewards[0] > 0 and rewards[3] == 0 and np.isnan(rewards[4])
+  (plain,) = pool_rewards([pool()], SelectionSpec(method="grpo"), WORLD)
+  np.testing.assert_array_equal(plain, list(TEXTS.values()))
+
+
+def test_uniqueness_is_over_all_texts_and_failures_are_no_texts():
+  def sample(index, text, **changes):
+    given = dict(tokens=(1, 2), log_probs=(-1.0, -1.0), transformed_log_probs=(-1.0, -1.0))
+    return Sample("p/0", index, text, **{**given, **changes})
+
+  valid = [sample(index, f"{{ name_{index % 2} city_0 job_0 }}") for index in range(4)]
+  invalid = [sample(index, "{") for index in range(4, 8)]
+  lost = [sample(8, None, tokens=None, log_probs=None, transformed_log_probs=None, error="too long")]
+  scores = np.array([1.0] * 4 + [0.0] * 4 + [np.nan])
+  found = measure(WORLD, [Drawn("p", valid + invalid + lost, scores)], 2)
+  assert (found["samples"], found["failed"], found["valid"], found["validity"]) == (8, 1, 4, 0.5)
+  assert found["by_prompt"]["p"]["attributes"]["name"]["values"] == 2
+  np.testing.assert_allclose(found["uniqueness"], np.mean([2, 1, 1]) / 8)
+  assert found["distinct_valid"] == 2 / 8 and found["mean_score"] == 0.5
 
 
 def test_what_was_not_scored_is_never_picked():
@@ -167,6 +208,8 @@ def test_published_configs_are_valid(variant, tmp_path):
     ("sampling.num_samples", 1, "a pair takes at least 2"),
     ("sampling.chain", "temprature(1)", "sampling.chain: .*did you mean 'temperature'"),
     ("sampling.max_length", 3, "a persona takes 7 tokens"),
+    ("base.model.family", "gpt2", "base.max_length=8: pools need 9 positions"),
+    ("arms.divpo_online.select.rule", "absolute", "thresholds=None with rule='absolute'"),
     ("evaluate.pool_size", 5000, "evaluate.pool_size=5000"),
     ("arms.divpo_online.select.rho", 0.7, r"arms.divpo_online.select: rho=0.7"),
     ("arms.divpo_online.select.criterion", "frequenzy", "did you mean 'frequency'"),

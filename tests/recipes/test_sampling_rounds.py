@@ -1,5 +1,6 @@
 """Rounds of sampling and training: whose parameters draw, what a kill loses, what cannot be used."""
 
+import dataclasses
 import json
 
 import jax
@@ -17,19 +18,20 @@ from nr.models.transformer import TransformerSpec
 from nr.objectives.group_relative import GroupRelativeSpec
 from nr.objectives.preference import PreferenceSpec
 from nr.objectives.sequence_scores import token_statistics
+from nr.recipes.round_examples import accepted_of, groups_of, pairs_of
 from nr.recipes.sampling_rounds import (
   PoolPrompt,
   RoundBatches,
   RoundSpec,
-  groups_of,
-  pairs_of,
   prompts_of_round,
+  read_notes,
 )
 from nr.training.defaults import get_training_config
 from nr.training.fingerprint import fingerprint
 from nr.training.group_relative import group_relative_method
 from nr.training.loop import train
 from nr.training.model_files import build_model
+from nr.training.next_token import next_token_method
 from nr.training.policy import full_policy
 from nr.training.preference import preference_method
 from nr.training.step import accumulate
@@ -187,15 +189,70 @@ def test_a_kill_while_sampling_loses_no_pool_that_was_written(tmp_path):
     )
   path = tmp_path / "killed" / "rounds" / "round_00001.jsonl"
   text = path.read_text()
-  # Three writes in round 0 and one in round 1; then half a line, as a kill leaves it.
-  assert len(text.splitlines()) == ROUNDS.prompts_per_write
-  path.write_text(text + text[: len(text) // 7])
+  # Three writes in round 0 and one in round 1, of which a kill left one line and half of the next.
+  lines = text.splitlines(keepends=True)
+  assert len(lines) == ROUNDS.prompts_per_write
+  path.write_text(lines[0] + lines[1][:40])
   judged = list(calls)
   resumed = train(settings(4), *make_run(tmp_path / "killed", rule=rule), workdir=tmp_path / "killed")
   again = calls[len(judged) :]
-  assert len(again) == len(set(again)) == 3 * (8 - ROUNDS.prompts_per_write)
-  assert not {id for id in again} & {id for id in judged if id in judged[-9:]}
+  # All of the round is judged again: what was written together is drawn together, so that it is the same.
+  assert len(again) == len(set(again)) == 3 * 8 and set(judged[-9:]) < set(again)
+  assert path.read_text().splitlines()[0] + "\n" == lines[0]
+  assert path.read_text() == (tmp_path / "whole" / "rounds" / "round_00001.jsonl").read_text()
   same(resumed.state.params, whole.state.params)
+
+
+def test_conversations_are_asked_as_they_are_read(tmp_path):
+  """The prompt of a pool is the one that was rendered, and its tokens are what the model read."""
+
+  class Chatting(WordTokenizer):
+    def render_chat(self, messages):
+      return " ".join(message["content"] for message in messages) + " tell"
+
+    def encode(self, text, use_special_tokens=False):
+      return super().encode(text)
+
+  params = parameters.split(build_model(SPEC, jax.random.key(0)))[1]
+  generator = InProcess(make_network(SPEC, params), Chatting(TOKENIZER.words), batch_size=16)
+  prompts = [PoolPrompt("one", ({"role": "user", "content": "ask a"},))]
+  rounds = RoundBatches(
+    tmp_path,
+    full_policy(SPEC, params),
+    generator,
+    Rule(count_a, "count"),
+    prompts,
+    pairs_of(extremes),
+    ROUNDS,
+    4,
+    (10,),
+  )
+  batch = next(rounds.open_round(0, params))
+  (pool, *_) = read_pools(rounds.path(0))
+  assert pool.prompt_tokens == tuple(TOKENIZER.encode("ask a tell"))
+  np.testing.assert_array_equal(batch["tokens"][0, :, :3], [pool.prompt_tokens] * 2)
+
+
+def test_pools_drawn_in_another_way_are_kept_aside(tmp_path):
+  params = parameters.split(build_model(SPEC, jax.random.key(0)))[1]
+  for number, changes in enumerate(
+    (dict(), dict(num_samples=4), dict(num_samples=4, chain="temperature(0.5)"))
+  ):
+    _, rounds = make_run(tmp_path, dataclasses.replace(ROUNDS, **changes))
+    list(rounds.open_round(0, params))
+    assert len(list((tmp_path / "rounds").glob("*.other*"))) == number
+  assert [len(pool.samples) for pool in read_pools(rounds.path(0))] == [4] * 8
+
+
+def test_notes_survive_a_kill(tmp_path):
+  _, rounds = make_run(tmp_path)
+  list(rounds.open_round(0, rounds.policy.start))
+  path = tmp_path / "rounds" / "rounds.jsonl"
+  seconds = json.loads(path.read_text())["seconds"]
+  path.write_text(path.read_text() + '{"round": 1, "poo')
+  list(rounds.open_round(0, rounds.policy.start))  # As a run that begins again finds its pools.
+  (note,) = read_notes(path.parent)
+  assert note["seconds"] == seconds > 0 and len(path.read_text().splitlines()) == 2
 
 
 def test_pools_of_other_parameters_are_kept_aside(tmp_path):
@@ -220,12 +277,12 @@ def test_the_middle_of_a_round_needs_its_pools(tmp_path):
   "rule, unscored",
   [(lambda item: float("nan"), 24), (lambda item: None, 24), (lambda item: 1.0, 0), (lambda item: 1 / 0, 24)],
 )
-def test_rounds_without_a_pair_change_nothing(tmp_path, rule, unscored):
+def test_rounds_without_a_pair_have_no_gradient(tmp_path, rule, unscored):
   method, rounds = make_run(tmp_path, rule=rule)
   result = train(settings(2), method, rounds, workdir=tmp_path)
   same(result.state.params, method.start)
   (note,) = notes(tmp_path)
-  assert (note["examples"], note["unscored"]) == (0, unscored)
+  assert (note["examples"], note["unscored"], note["empty_steps"]) == (0, unscored, 2)
   assert result.summary["loss"] == 0
 
 
@@ -244,14 +301,19 @@ def test_what_cannot_be_used_is_counted():
   pairs = [
     pair("same", (4, 0), (4, 0)),
     pair("long", (4,) * 10, (5, 0)),
-    pair("shortened", (4, 5, 0), (5,)),
+    pair("long prompt", (4, 5, 0), (5,)),
+    pair("empty", (), (5, 0)),
     pair("fine", (4, 0), (5, 0), prompt=(1, 2)),
   ]
-  examples, report, _ = pairs_of(lambda pools: pairs)([], 5)
-  assert [example.id for example in examples] == ["shortened", "fine"]
-  assert dict(report.dropped) == {"identical responses": ["same"], "response too long": ["long"]}
-  assert (report.total, report.kept, report.shortened) == (4, 2, 1)
-  assert [ids.tolist() for ids in examples[0].tokens] == [[2, 3, 4, 5, 0], [2, 3, 5]]
+  examples, report, *_ = pairs_of(lambda pools: pairs)([], 5)
+  assert [example.id for example in examples] == ["fine"]
+  assert dict(report.dropped) == {
+    "identical responses": ["same"],
+    "too long": ["long", "long prompt"],
+    "empty response": ["empty"],
+  }
+  assert (report.total, report.kept, report.shortened) == (5, 1, 0)
+  assert [ids.tolist() for ids in examples[0].tokens] == [[1, 2, 4, 0], [1, 2, 5, 0]]
 
 
 def test_groups_learn_from_every_response(tmp_path):
@@ -284,6 +346,47 @@ def test_groups_learn_from_every_response(tmp_path):
   assert np.mean(found[-4:]) > np.mean(found[:4]) + 0.5
 
 
+def test_accepted_responses_are_imitated(tmp_path):
+  """Rejection-sampling fine-tuning: rounds of one's own best texts raise their score."""
+
+  def pool(id, *samples):
+    return Pool(
+      id,
+      "ask",
+      tuple(
+        PoolSample(index, text, tokens, score=score) for index, (text, tokens, score) in enumerate(samples)
+      ),
+      prompt_tokens=(1,),
+    )
+
+  pools = [
+    pool(
+      "one", ("a", (3, 0), 1.0), ("b", (4, 0), 0.0), ("a", (3, 0), 1.0), ("c", (5, 0), 2.0), ("d", (6,), None)
+    ),
+    pool("two", ("b", (4, 0), 0.5), ("c", (5, 0), 0.4)),
+  ]
+
+  def kept(**given):
+    return [example.id for example in accepted_of(**given)(pools, 8).examples]
+
+  assert [id.split("/")[0] for id in kept(threshold=1.0)] == ["one"] * 2
+  assert sorted(kept(threshold=1.0, is_distinct=False)) == ["one/0", "one/2", "one/3"]
+  assert kept(threshold=-np.inf, per_prompt=1) == ["one/3", "two/0"]
+  assert kept(threshold=9.0) == []
+  params = parameters.split(build_model(SPEC, jax.random.key(0)))[1]
+  policy = full_policy(SPEC, params)
+  generator = InProcess(make_network(SPEC, params), TOKENIZER, batch_size=32)
+  spec = RoundSpec(steps_per_round=1, prompts_per_round=8, num_samples=8, max_new_tokens=4)
+  rounds = RoundBatches(
+    tmp_path, policy, generator, Rule(count_a, "count"), PROMPTS, accepted_of(1.0), spec, 32, (10,)
+  )
+  train(
+    settings(20, batch_size=32, checkpoint=dict(every=0)), next_token_method(policy), rounds, workdir=tmp_path
+  )
+  found = [json.loads(line)["mean_score"] for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+  assert np.mean(found[-4:]) > np.mean(found[:4]) + 0.5
+
+
 def test_failed_samples_are_kept_with_their_reason(tmp_path):
   params = parameters.split(build_model(SPEC, jax.random.key(0)))[1]
   broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
@@ -292,11 +395,12 @@ def test_failed_samples_are_kept_with_their_reason(tmp_path):
   rounds = RoundBatches(
     tmp_path, policy, generator, Rule(count_a, "count"), PROMPTS, pairs_of(extremes), ROUNDS, 4, (10,)
   )
-  list(rounds.open_round(0, broken))
+  with pytest.raises(ValueError, match="round 0: all 24 samples failed; the first: .*NaN"):
+    rounds.open_round(0, broken)
   pools = read_pools(rounds.path(0))
   samples = [sample for pool in pools for sample in pool.samples]
   assert all(sample.text is None and "NaN" in sample.details["reason"] for sample in samples)
-  assert json.loads((tmp_path / "rounds.jsonl").read_text())["unscored"] == len(samples) == 24
+  assert len(samples) == 24
 
 
 def test_a_pool_remembers_how_it_was_drawn(tmp_path):

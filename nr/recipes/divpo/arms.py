@@ -8,7 +8,8 @@ from typing import Any
 from nr.recipes.divpo import settings
 from nr.recipes.divpo.pairs import make_pairs, pool_rewards
 from nr.recipes.divpo.personas import Task
-from nr.recipes.sampling_rounds import RoundBatches, groups_of, pairs_of
+from nr.recipes.round_examples import groups_of, pairs_of
+from nr.recipes.sampling_rounds import RoundBatches, read_notes
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.group_relative import group_relative_method
 from nr.training.loop import train
@@ -59,7 +60,7 @@ def _train(context: StageContext, language: settings.Language, arm: str, seed: i
     "model": context.relative(directory / "model"),
     "directory": context.relative(directory),
     "fingerprint": fingerprint,
-    "rounds": read_rounds(directory),
+    "rounds": read_notes(directory / "rounds"),
     "summary": json.loads(json.dumps(result.summary, default=float)),
   }
 
@@ -76,10 +77,3 @@ def _learning(config: Any, arm: str, policy: Policy, task: Task, seed: int) -> t
   loss = settings.preference_spec(config, arm)
   method = preference_method(policy, loss, name=arm, reference=kind, sync_every=sync_every)
   return method, pairs_of(functools.partial(make_pairs, spec=selection, task=task, seed=seed))
-
-
-def read_rounds(directory: Any) -> list[dict[str, Any]]:
-  """Returns what every round came to, the latest note of each."""
-  lines = (directory / "rounds" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-  by_round = {row["round"]: row for row in map(json.loads, lines)}
-  return [by_round[round] for round in sorted(by_round)]

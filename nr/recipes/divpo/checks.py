@@ -74,4 +74,10 @@ def _check_toy(config: Any) -> None:
     section, name = field.split(".")
     if config[section][name] < needed:
       raise ValueError(f"{field}={config[section][name]}: a persona takes {needed} tokens")
-  transformer_spec(config.base.model, tokenizer.vocab_size, config.base.max_length)
+  spec = transformer_spec(config.base.model, tokenizer.vocab_size, config.base.max_length)
+  longest = max(config.sampling.max_length, 1 + config.sampling.max_new_tokens)
+  if spec.positions == "learned" and longest > config.base.max_length:
+    raise ValueError(
+      f"base.max_length={config.base.max_length}: pools need {longest} positions (sampling.max_length, or the "
+      "prompt and sampling.max_new_tokens), and the model has learned ones; raise it to that"
+    )

@@ -82,8 +82,15 @@ def _sampled(
 
 
 def _scores(task: Task, samples: list[Sample]) -> np.ndarray:
-  items = [Item(f"{each.request_id}/{each.index}", "", each.text or "") for each in samples]
-  scores = [judged.score for judged in task.judge().judge(items)]
+  """Returns the scores; NaN for what could not be judged, and for samples that failed."""
+  there = [sample for sample in samples if sample.error is None]
+  if not there:
+    raise ValueError(
+      f"all {len(samples)} samples of {samples[0].request_id!r} failed; the first: {samples[0].error}"
+    )
+  items = [Item(f"{each.request_id}/{each.index}", "", each.text) for each in there]
+  judged = iter(task.judge().judge(items))
+  scores = [next(judged).score if sample.error is None else None for sample in samples]
   return np.array([np.nan if score is None else score for score in scores])
 
 
@@ -126,14 +133,17 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _of_prompt(task: Task, drawn: Drawn, pool_size: int) -> dict[str, Any]:
   """Returns the measurements of the texts for one prompt."""
-  texts = [sample.text or "" for sample in drawn.samples]
+  there = [sample for sample in drawn.samples if sample.error is None]
+  texts = [sample.text for sample in there]
   personas = [found for found in map(task.read, texts) if found is not None]
   pools = [texts[start : start + pool_size] for start in range(0, len(texts) - pool_size + 1, pool_size)]
   by_pool = [diversity.pool_metrics(pool) for pool in pools]
-  lengths = [len(sample.tokens) for sample in drawn.samples if sample.tokens is not None]
-  log_probs = [sample.log_probs for sample in drawn.samples if sample.log_probs is not None]
+  lengths = [len(sample.tokens) for sample in there]
+  log_probs = [sample.transformed_log_probs for sample in there]
   found: dict[str, Any] = {
     "samples": len(texts),
+    "failed": len(drawn.samples) - len(texts),
+    "valid": len(personas),
     "validity": len(personas) / len(texts),
     "distinct_valid": len({tuple(each.values()) for each in personas}) / len(texts),
     "mean_score": _mean([float(score) for score in drawn.scores if np.isfinite(score)]),
@@ -156,7 +166,8 @@ def _of_prompt(task: Task, drawn: Drawn, pool_size: int) -> dict[str, Any]:
   return {
     **found,
     "attributes": attributes,
-    "uniqueness": _mean([each.uniqueness for each in statistics.values()]),
+    # Over all texts: over valid ones alone it would rise as validity falls.
+    "uniqueness": _mean([each["values"] / len(texts) for each in attributes.values()]),
     "top_share": _mean([each.top_share for each in statistics.values()]),
     "attribute_entropy": _mean([each.entropy for each in statistics.values()]),
     "values": _mean([each["values"] for each in attributes.values()]),

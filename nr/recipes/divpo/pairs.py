@@ -12,7 +12,7 @@ from nr.judges.diversity import frequency_diversity, frequency_of_attributes, ja
 from nr.names import unknown
 from nr.objectives import pair_selection
 from nr.recipes.divpo.personas import Task
-from nr.recipes.sampling_rounds import scores_of
+from nr.recipes.round_examples import scores_of
 from nr.spec import Spec
 
 METHODS = ("", "dpo", "divpo", "grpo")
@@ -70,8 +70,12 @@ class SelectionSpec(Spec):
         f"reward={self.reward!r} with method={self.method!r}, criterion={self.criterion!r}: it needs method "
         f"'grpo' and one of {', '.join(BOUNDED)}, which are bounded"
       )
-    if self.rule == "absolute" and not self.thresholds:
-      raise ValueError("thresholds=None: rule 'absolute' needs (good, bad) rewards")
+    if (self.rule == "absolute") != (self.thresholds is not None):
+      raise ValueError(
+        f"thresholds={self.thresholds} with rule={self.rule!r}: only 'absolute' takes them, and must"
+      )
+    if self.thresholds is not None and (len(self.thresholds) != 2 or self.thresholds[0] < self.thresholds[1]):
+      raise ValueError(f"thresholds={self.thresholds}: give (good, bad) with good >= bad")
 
 
 def make_pairs(pools: list[Pool], spec: SelectionSpec, task: Task, seed: int = 0) -> list[PreferencePair]:
@@ -109,7 +113,8 @@ def pool_rewards(pools: list[Pool], spec: SelectionSpec, task: Task) -> np.ndarr
   rewards_BN = scores_of(pools)
   if spec.reward == "score":
     return rewards_BN
-  return rewards_BN * (_diversities(pools, rewards_BN.shape, spec, task, 0) + BOUNDED[spec.criterion])
+  diversity_BN = _diversities(pools, rewards_BN.shape, spec, task, 0) + BOUNDED[spec.criterion]
+  return np.where(rewards_BN == 0, 0.0, rewards_BN * diversity_BN)
 
 
 def _diversities(
@@ -126,7 +131,9 @@ def _diversity(pool: Pool, spec: SelectionSpec, task: Task, seed: int) -> np.nda
   found = np.full(len(pool.samples), np.nan)
   there = [place for place, sample in enumerate(pool.samples) if sample.text is not None]
   if there:
-    found[there] = _MEASURES[spec.criterion](pool, there, spec, task, seed)
+    measured = _MEASURES[spec.criterion](pool, there, spec, task, seed)
+    # A text without words is like no other and like all: it counts as the least diverse.
+    found[there] = np.where(np.isnan(measured), -BOUNDED.get(spec.criterion, 0.0), measured)
   return found
 
 

@@ -34,7 +34,14 @@ POOL_MEASURES = {
 }
 # Fields that every prompt has, for intervals over prompts.
 PROMPT_MEASURES = ("validity", "distinct_valid", "mean_tokens")
-TRAINING = ("preference_loss", "reward_accuracy", "reward_margin", "chosen_log_prob", "rejected_log_prob")
+TRAINING = (
+  "pair_share",
+  "preference_loss",
+  "reward_accuracy",
+  "reward_margin",
+  "chosen_log_prob",
+  "rejected_log_prob",
+)
 
 
 def run(context: StageContext) -> Artifact:
@@ -135,9 +142,13 @@ def of_rounds(rounds: list[Mapping[str, Any]]) -> dict[str, Any]:
     name: [row["mean_score"] for row in part if row["mean_score"] is not None]
     for name, part in (("first_score", rounds[:tenth]), ("last_score", rounds[-tenth:]))
   }
-  sums = {name: sum(row[name] for row in rounds) for name in ("pools", "samples", "unscored", "examples")}
+  sums = {
+    name: sum(row[name] for row in rounds)
+    for name in ("pools", "samples", "unscored", "examples", "empty_steps")
+  }
   means = {name: float(np.mean(scores)) if scores else None for name, scores in ends.items()}
-  return {"rounds": len(rounds), **sums, **means, "seconds": sum(row["seconds"] for row in rounds)}
+  seconds = sum(row["seconds"] or 0.0 for row in rounds)
+  return {"rounds": len(rounds), **sums, **means, "seconds": seconds}
 
 
 def checks(values: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, bool | None]:
@@ -146,11 +157,16 @@ def checks(values: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, bool | No
   Bounds are those of the experiment's specification.
   """
 
+  def measured(arm: str, field: str) -> np.ndarray:
+    if None in values[arm][field]:
+      raise KeyError(field)  # nothing valid to measure in some seed
+    return np.array(values[arm][field], float)
+
   def entropy(arm: str) -> np.ndarray:
-    return np.array(values[arm]["attribute_entropy"], float)
+    return measured(arm, "attribute_entropy")
 
   def validity(arm: str) -> np.ndarray:
-    return np.array(values[arm]["validity"], float)
+    return measured(arm, "validity")
 
   base = settings.BASE
   rules = {
@@ -206,7 +222,7 @@ def render(report: Mapping[str, Any]) -> str:
   pool_rows = [
     [arm, *(_mean_of_pools(report, arm, field) for field in POOL_MEASURES)] for arm in report["arms"]
   ]
-  training = [[name, *(row.get(field) for field in TRAINING)] for name, row in report["training"].items()]
+  training = [[name, *_training_cells(row)] for name, row in report["training"].items()]
   sections = [
     f"# Diverse preference optimization, variant `{report['variant']}`",
     worth,
@@ -218,12 +234,12 @@ def render(report: Mapping[str, Any]) -> str:
     "## What the models write",
     table(["model", *(title for title, _ in MEASURES.values())], rows),
     "Validity first: diversity is measured over valid texts alone, and a model that writes few of them can look "
-    "diverse. Uniqueness and values seen depend on the number of samples, which is the same for all.",
+    "diverse. Uniqueness is the number of values seen over the number of texts, which is the same for all.",
     "![entropy](plots/attribute_entropy.png)\n\n![validity](plots/validity.png)",
     *(prompts_section(report["over_prompts"]) if report["over_prompts"] else []),
     "## Pools of all texts",
     table(["model", *POOL_MEASURES.values()], pool_rows),
-    "## Training, last step",
+    "## Training, mean over the last logging window",
     table(["run", *TRAINING], training),
     "The log-probabilities of chosen and rejected texts may both fall while the margin grows: that is how "
     "validity is lost offline, and what the NLL term is for.",
@@ -246,6 +262,12 @@ def render(report: Mapping[str, Any]) -> str:
     f"Seconds by stage: {report['seconds']}",
   ]
   return "\n\n".join(sections) + "\n"
+
+
+def _training_cells(row: Mapping[str, float]) -> list[Any]:
+  """Returns the numbers of a training; without a pair in the window there is nothing to show but that."""
+  share = row.get("pair_share")
+  return [share, *(row.get(field) if share != 0 else "-" for field in TRAINING[1:])]
 
 
 def prompts_section(found: Mapping[str, Any]) -> list[str]:

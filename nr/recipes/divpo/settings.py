@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from nr.data.examples import LengthLimits, PlainText
+from nr.data.examples import PlainText
 from nr.generators.checkpoints import Checkpoint, make_network, open_checkpoint
 from nr.generators.in_process import InProcess
 from nr.models.lora import LoraSpec, merge
@@ -72,11 +72,6 @@ def text_format(language: Language) -> PlainText:
   return PlainText(language.tokenizer, language.begin_ids)
 
 
-def length_limits(config: Any) -> LengthLimits:
-  """Returns how long a text may be."""
-  return LengthLimits(config.sampling.max_length, when_long="drop")
-
-
 def arm_names(config: Any) -> list[str]:
   """Returns the arms that are trained, in the order of the config."""
   return [name for name in config.arms if config.arms[name].select.method]
@@ -118,6 +113,8 @@ def round_spec(config: Any, arm: str, seed: int) -> RoundSpec:
   # A pool gives a pair (or all of its responses).
   pools = steps * config.train.batch_size
   prompts = section.prompts_per_round or pools
+  # Online, a pool without a pair gives an empty slot; offline its place is taken by another pair.
+  is_repeated = is_offline or prompts != pools
   return RoundSpec(
     steps_per_round=steps,
     prompts_per_round=prompts,
@@ -125,7 +122,7 @@ def round_spec(config: Any, arm: str, seed: int) -> RoundSpec:
     max_new_tokens=sampling.max_new_tokens,
     chain=sampling.chain,
     seed=config.seed + seed,
-    is_repeated=prompts != pools,
+    is_repeated=is_repeated,
   )
 
 
@@ -139,7 +136,7 @@ def make_policy(config: Any, spec: Any, params: Any, seed: int) -> Policy:
   adapter = adapter_spec(config)
   if adapter is None:
     return full_policy(spec, params)
-  return lora_policy(spec, params, adapter, jax.random.key(seed))
+  return lora_policy(spec, params, adapter, jax.random.key(config.seed + seed))
 
 
 def whole_params(config: Any, policy: Policy, trained: Any) -> Any:

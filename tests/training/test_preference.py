@@ -151,4 +151,4 @@ def test_method(layers, tmp_path):
   spec = dataclasses.replace(SPEC, layers=layers)
   policy = full_policy(spec, model_params(spec=spec))
   method = preference_method(policy, PreferenceSpec(nll_weight=0.5))
-  method_suite.check_all(method, batch_of(16), tmp_path, golden="preference")
+  method_suite.check_all(method, batch_of(16), tmp_path, golden=f"preference_{layers}")

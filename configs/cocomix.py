@@ -15,6 +15,7 @@ k of the autoencoder, 4 labels a token, loss weight 0.1) is the paper's.
 from ml_collections import ConfigDict
 
 from nr import names
+from nr.recipes.sections import model_section
 from nr.training.defaults import training_section
 
 VARIANTS = ("tiny", "seeds", "miniature")
@@ -88,7 +89,7 @@ def _teacher() -> ConfigDict:
   """Returns the language model whose activations the concepts are read from."""
   return ConfigDict(
     {
-      "model": _model(num_layers=4, model_dim=96, num_heads=2),
+      "model": model_section(family="gpt2", num_layers=4, model_dim=96, num_heads=2),
       "tap_layer": 1,  # concepts are read after this block, counted from 0 (the paper: 5 of 12)
       "train": _language_modeltraining_section(),
     }
@@ -154,9 +155,9 @@ def _students() -> ConfigDict:
     {
       "seeds": (0,),
       # The baseline is as wide as makes its parameters match what CoCoMix activates: base + (C + k) d.
-      "ntp": {"model": _model(num_layers=4, model_dim=100, num_heads=2)},
+      "ntp": {"model": model_section(family="gpt2", num_layers=4, model_dim=100, num_heads=2)},
       "cocomix": {
-        "model": _model(num_layers=4, model_dim=96, num_heads=2),
+        "model": model_section(family="gpt2", num_layers=4, model_dim=96, num_heads=2),
         "concept": {
           "mode": "cocomix",
           "insert_at": 2,  # blocks before the insertion
@@ -207,23 +208,6 @@ def _language_modeltraining_section() -> ConfigDict:
     checkpoint__keep=2,
     checkpoint__best_metric="validation/loss",
     log_every=10,
-  )
-
-
-def _model(**sizes) -> ConfigDict:
-  """Returns the settings of a GPT-2-like transformer; dropout 0 where the reference has 0.1."""
-  return ConfigDict(
-    {
-      "family": "gpt2",  # gpt2 | llama
-      **sizes,
-      "num_kv_heads": 0,  # 0: as many as query heads
-      "mlp_dim": 0,  # 0: the family's ratio
-      "rotary_base": 0.0,  # 0: the family's base
-      "dropout": 0.0,
-      "dtype": "float32",  # compute type; bfloat16 on accelerators
-      "layers": "auto",  # scan | unroll | auto: unrolled on CPU, scanned on accelerators
-      "remat": "none",  # none | dots | full
-    }
   )
 
 

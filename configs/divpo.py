@@ -14,6 +14,7 @@ Variants:
 from ml_collections import ConfigDict
 
 from nr import names
+from nr.recipes.sections import model_section
 from nr.training.defaults import training_section
 
 SUBJECTS = (
@@ -98,19 +99,7 @@ def _base() -> ConfigDict:
       "dtype": "float32",
       "examples": 20_000,
       "max_length": 8,
-      "model": {
-        "family": "llama",
-        "num_layers": 2,
-        "model_dim": 32,
-        "num_heads": 2,
-        "num_kv_heads": 0,
-        "mlp_dim": 0,
-        "rotary_base": 0.0,
-        "dropout": 0.0,
-        "dtype": "float32",
-        "layers": "auto",
-        "remat": "none",
-      },
+      "model": model_section(),
       "train": training_section(
         steps=600,
         batch_size=64,

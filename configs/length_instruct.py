@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from nr import names
 from nr.recipes.length_instruct.augmentation import TEMPLATE
+from nr.recipes.sections import model_section
 from nr.training.defaults import training_section
 
 VARIANTS = ("tiny", "seeds", "miniature", "benchmark", "paper")
@@ -105,19 +106,7 @@ def _base() -> ConfigDict:
       "checkpoint": "",  # a folder or file that nr.generators.checkpoints opens; "": trained in the toy world
       "responses": "",  # JSON lines {id, prompt, response} to fine-tune a checkpoint on first; "": none
       "examples": 16_000,  # of the toy world
-      "model": {
-        "family": "llama",
-        "num_layers": 2,
-        "model_dim": 32,
-        "num_heads": 2,
-        "num_kv_heads": 0,
-        "mlp_dim": 0,
-        "rotary_base": 0.0,
-        "dropout": 0.0,
-        "dtype": "float32",
-        "layers": "auto",
-        "remat": "none",
-      },
+      "model": model_section(),
       "train": training_section(
         steps=1500,
         batch_size=64,

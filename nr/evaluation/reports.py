@@ -1,6 +1,7 @@
 """Markdown pieces of a report: tables and numbers a person reads."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -17,6 +18,20 @@ def number(value: Any, digits: int = 4) -> str:
   if abs(value) >= 10_000:
     return f"{value:,.0f}"
   return f"{value:.{digits}g}"
+
+
+def interval_cell(interval: Mapping[str, float | None] | None, digits: int = 2) -> str:
+  """Returns a number with its interval, the number alone where the interval is not finite, "-" for None.
+
+  >>> interval_cell(dict(estimate=0.5, low=0.25, high=0.75)), interval_cell(None)
+  ('0.50 (0.25 to 0.75)', '-')
+  """
+  if interval is None:
+    return "-"
+  text, bounds = f"{interval['estimate']:.{digits}f}", (interval["low"], interval["high"])
+  if any(bound is None or not math.isfinite(bound) for bound in bounds):
+    return text
+  return f"{text} ({bounds[0]:.{digits}f} to {bounds[1]:.{digits}f})"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -1,5 +1,6 @@
 """Intervals: bootstrap over documents and paired differences over seeds."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,23 @@ def bootstrap_ratio(
   tail = (1 - level) / 2
   low, high = np.quantile(ratios, [tail, 1 - tail])
   return Interval(float(totals.sum() / weights.sum()), float(low), float(high))
+
+
+def mean_over_runs(values: Sequence[float], *, seed: int = 0) -> Interval | None:
+  """Returns the mean over runs with its 95 % bootstrap interval.
+
+  Args:
+    values: a statistic of each run (each seed).
+    seed: of the resampling.
+
+  Returns:
+    None without a run; infinite bounds with a single one.
+  """
+  if not len(values):
+    return None
+  if len(values) == 1:
+    return Interval(float(values[0]), float("-inf"), float("inf"))
+  return bootstrap_ratio(np.asarray(values), np.ones(len(values)), seed=seed)
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> Interval:

@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
 
 
 class _SampledText:
-  """The format of pairs that come as tokens: nothing is encoded, and shortening may take any prompt token."""
+  """The format of examples that come as tokens: nothing is encoded and nothing shortened."""
 
   begin_ids: tuple[int, ...] = ()
   end_id = -1

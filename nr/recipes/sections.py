@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from nr import names
 from nr.models.transformer import TransformerSpec
@@ -10,6 +11,24 @@ from nr.models.transformer import TransformerSpec
 FAMILIES = ("gpt2", "llama")
 OPTIONAL_SIZES = ("num_kv_heads", "mlp_dim", "rotary_base")
 """Fields of a model section in which 0 stands for the family's own value."""
+
+
+def model_section(**changes: Any) -> ConfigDict:
+  """Returns the section of a small language model: fields of `TransformerSpec`, 0 for the family's own sizes."""
+  section = {
+    "family": "llama",  # gpt2 | llama
+    "num_layers": 2,
+    "model_dim": 32,
+    "num_heads": 2,
+    "num_kv_heads": 0,  # 0: as many as query heads
+    "mlp_dim": 0,  # 0: the family's ratio
+    "rotary_base": 0.0,  # 0: the family's base
+    "dropout": 0.0,
+    "dtype": "float32",  # compute type; bfloat16 on accelerators
+    "layers": "auto",  # scan | unroll | auto: unrolled on CPU, scanned on accelerators
+    "remat": "none",  # none | dots | full
+  }
+  return ConfigDict({**section, **changes})
 
 
 def transformer_spec(model: Any, vocab_size: int, length: int) -> TransformerSpec:

@@ -9,8 +9,9 @@ import pytest
 
 from configs import length_instruct as configs
 from nr import main
+from nr.evaluation.reports import interval_cell
 from nr.recipes import length_instruct
-from nr.recipes.length_instruct import report, report_text, settings
+from nr.recipes.length_instruct import report, settings
 from nr.recipes.length_instruct.toy import World
 
 
@@ -207,8 +208,8 @@ def test_findings_are_checked_and_intervals_are_over_seeds():
   del content["table"]["r_dpo_small"]
   assert report.checks(content["table"])["R-DPO cannot follow limits (above 0.4)"] is None
   single = fake_report(seeds=(0,))["table"]["dpo"]["violation"]
-  assert report_text.cell(single) == "0.70" and report_text.cell(None) == "-"
-  assert report_text.cell(interval) == "0.71 (0.70 to 0.72)"
+  assert interval_cell(single) == "0.70" and interval_cell(None) == "-"
+  assert interval_cell(interval) == "0.71 (0.70 to 0.72)"
 
 
 @pytest.fixture(scope="module")

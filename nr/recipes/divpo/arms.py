@@ -1,7 +1,6 @@
 """Stage `arms`: every arm trains on the pools that it draws itself; one training of each a seed."""
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,12 @@ from nr.recipes.divpo.pairs import make_pairs, pool_rewards
 from nr.recipes.divpo.personas import Task
 from nr.recipes.round_examples import groups_of, pairs_of
 from nr.recipes.sampling_rounds import RoundBatches, read_notes
+from nr.recipes.saved_models import keep_model
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.group_relative import group_relative_method
 from nr.training.loop import train
 from nr.training.method import Method
-from nr.training.model_files import load_model, save_model
+from nr.training.model_files import load_model
 from nr.training.policy import Policy
 from nr.training.preference import preference_method
 
@@ -55,14 +55,8 @@ def _train(context: StageContext, language: settings.Language, arm: str, seed: i
   )
   result = train(training, method, rounds, workdir=directory, metadata={"arm": arm})
   params = settings.whole_params(config, policy, result.state.params)
-  fingerprint = save_model(directory / "model", base.spec, params, language.tokenizer.fingerprint)
-  return {
-    "model": context.relative(directory / "model"),
-    "directory": context.relative(directory),
-    "fingerprint": fingerprint,
-    "rounds": read_notes(directory / "rounds"),
-    "summary": json.loads(json.dumps(result.summary, default=float)),
-  }
+  kept = keep_model(context, directory, base.spec, params, language.tokenizer.fingerprint, result.summary)
+  return {**kept, "rounds": read_notes(directory / "rounds")}
 
 
 def _learning(config: Any, arm: str, policy: Policy, task: Task, seed: int) -> tuple[Method, Callable]:

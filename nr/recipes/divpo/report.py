@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from nr.evaluation import plots
-from nr.evaluation.reports import table
-from nr.evaluation.statistics import Interval, bootstrap_ratio, paired_difference
+from nr.evaluation.reports import interval_cell, table
+from nr.evaluation.statistics import Interval, bootstrap_ratio, mean_over_runs, paired_difference
 from nr.recipes.divpo import settings
 from nr.recipes.divpo.arms import run_name
 from nr.recipes.environment import environment
@@ -91,12 +91,8 @@ def gather(context: StageContext) -> dict[str, Any]:
 
 
 def over_seeds(values: list[float | None]) -> dict[str, float] | None:
-  """Returns the mean over seeds with a 95 % bootstrap interval; None where a seed has no number."""
-  if any(value is None for value in values):
-    return None
-  if len(values) == 1:
-    return Interval(values[0], float("-inf"), float("inf"))._asdict()
-  return bootstrap_ratio(np.array(values), np.ones(len(values)), seed=0)._asdict()
+  """Returns the mean over seeds with its interval; None where a seed has no number."""
+  return None if any(value is None for value in values) else mean_over_runs(values)._asdict()
 
 
 def over_prompts(measured: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -195,16 +191,6 @@ def checks(values: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, bool | No
   return found
 
 
-def cell(interval: Mapping[str, float] | None, digits: int) -> str:
-  """Returns a number with its interval; alone where there is one seed."""
-  if interval is None:
-    return "-"
-  text = f"{interval['estimate']:.{digits}f}"
-  if not np.isfinite([interval["low"], interval["high"]]).all():
-    return text
-  return f"{text} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
-
-
 def render(report: Mapping[str, Any]) -> str:
   """Returns the text of report.md."""
   seeds = len(report["seeds"])
@@ -216,7 +202,7 @@ def render(report: Mapping[str, Any]) -> str:
   yes_no = {True: "yes", False: "no", None: "not measured"}
   held = [f"- {yes_no[value]}: {name}" for name, value in report["checks"].items()]
   rows = [
-    [arm, *(cell(report["table"][arm][field], digits) for field, (_, digits) in MEASURES.items())]
+    [arm, *(interval_cell(report["table"][arm][field], digits) for field, (_, digits) in MEASURES.items())]
     for arm in report["arms"]
   ]
   pool_rows = [
@@ -274,9 +260,11 @@ def prompts_section(found: Mapping[str, Any]) -> list[str]:
   """Returns the section with intervals over prompts."""
   measures = found["measures"]
   arms = list(measures[PROMPT_MEASURES[0]]["arms"])
-  rows = [[arm, *(cell(measures[field]["arms"][arm], 3) for field in PROMPT_MEASURES)] for arm in arms]
+  rows = [
+    [arm, *(interval_cell(measures[field]["arms"][arm], 3) for field in PROMPT_MEASURES)] for arm in arms
+  ]
   differences = [
-    [name, *(cell(measures[field]["differences"][name], 3) for field in PROMPT_MEASURES)]
+    [name, *(interval_cell(measures[field]["differences"][name], 3) for field in PROMPT_MEASURES)]
     for name in measures[PROMPT_MEASURES[0]]["differences"]
   ]
   titles = [MEASURES[field][0] for field in PROMPT_MEASURES]

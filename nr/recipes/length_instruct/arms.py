@@ -1,16 +1,15 @@
 """Stage `arms`: DPO, R-DPO and LIFT from the same model, one training of each arm a seed."""
 
-import json
 from typing import Any
 
 from nr.data.example_batches import padded_batches
 from nr.data.examples import encode_pairs
 from nr.data.preferences import read_pairs
 from nr.recipes.length_instruct import augmentation, settings
+from nr.recipes.saved_models import keep_model
 from nr.recipes.sections import training_config
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.loop import train
-from nr.training.model_files import save_model
 from nr.training.policy import full_policy
 from nr.training.preference import preference_method
 
@@ -43,12 +42,6 @@ def _train(context: StageContext, language: settings.Language, arm: str, seed: i
     encoded.examples, training.batch_size, settings.encoded_lengths(config), seed=training.seed
   )
   result = train(training, method, batches, workdir=directory, metadata={"arm": arm})
-  fingerprint = save_model(directory / "model", spec, result.state.params, language.tokenizer.fingerprint)
-  return {
-    "model": context.relative(directory / "model"),
-    "directory": context.relative(directory),
-    "fingerprint": fingerprint,
-    "pairs": encoded.report.kept,
-    "mix": config.arms[arm].mix,
-    "summary": json.loads(json.dumps(result.summary, default=float)),
-  }
+  tokenizer = language.tokenizer.fingerprint
+  kept = keep_model(context, directory, spec, result.state.params, tokenizer, result.summary)
+  return {**kept, "pairs": encoded.report.kept, "mix": config.arms[arm].mix}

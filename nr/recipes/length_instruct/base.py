@@ -4,7 +4,6 @@ In the toy world it is trained on the world's answers. A given checkpoint is cop
 the run, fine-tuned first where answers to learn are named (`base.responses`).
 """
 
-import json
 import pathlib
 from typing import Any
 
@@ -15,11 +14,10 @@ from nr.data.json_lines import read_json_lines
 from nr.data.preferences import freeze_prompt
 from nr.generators.checkpoints import Checkpoint, open_checkpoint
 from nr.recipes.length_instruct import settings
+from nr.recipes.saved_models import keep_model
 from nr.recipes.sections import training_config, transformer_spec
 from nr.recipes.stages import Artifact, StageContext
-from nr.training import trees
 from nr.training.loop import train
-from nr.training.model_files import save_model
 from nr.training.next_token import next_token_method
 from nr.training.policy import full_policy
 
@@ -54,7 +52,7 @@ def _one(
   else:
     spec, params = checkpoint.spec, checkpoint.network.params
     if responses is None:
-      return _saved(context, directory, spec, params, language, {})
+      return keep_model(context, directory, spec, params, language.tokenizer.fingerprint)
     method = next_token_method(full_policy(spec, params), name="base")
   encoded = encode_responses(responses, language.format, settings.length_limits(config))
   training = training_config(config.base.train, seed)
@@ -62,7 +60,9 @@ def _one(
     encoded.examples, training.batch_size, settings.encoded_lengths(config), seed=training.seed
   )
   result = train(training, method, batches, workdir=directory)
-  return _saved(context, directory, spec, result.state.params, language, result.summary)
+  return keep_model(
+    context, directory, spec, result.state.params, language.tokenizer.fingerprint, result.summary
+  )
 
 
 def _responses(config: Any, seed: int) -> list[Response] | None:
@@ -75,21 +75,3 @@ def _responses(config: Any, seed: int) -> list[Response] | None:
     return None
   lines = read_json_lines(pathlib.Path(config.base.responses), RESPONSES_SCHEMA, Quarantine())
   return [Response(each["id"], freeze_prompt(each["prompt"]), each["response"]) for _, each in lines]
-
-
-def _saved(
-  context: StageContext,
-  directory: pathlib.Path,
-  spec: Any,
-  params: Any,
-  language: settings.Language,
-  summary: dict,
-) -> Artifact:
-  fingerprint = save_model(directory / "model", spec, params, language.tokenizer.fingerprint)
-  return {
-    "model": context.relative(directory / "model"),
-    "directory": context.relative(directory),
-    "fingerprint": fingerprint,
-    "params": trees.count(params),
-    "summary": json.loads(json.dumps(summary, default=float)),
-  }

@@ -1,12 +1,12 @@
 """Stage `report`: report.json for programs, report.md and plots for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from nr.evaluation import plots
-from nr.evaluation.statistics import Interval, bootstrap_ratio
+from nr.evaluation.statistics import mean_over_runs
 from nr.recipes.environment import environment
 from nr.recipes.length_instruct import report_text, settings
 from nr.recipes.length_instruct.arms import run_name
@@ -79,21 +79,12 @@ def _values(report: Mapping[str, Any], arm: str, section: str, field: str) -> li
   return [value for value in found if value is not None]
 
 
-def interval_over(values: Sequence[float]) -> Interval | None:
-  """Returns the mean over seeds with its 95 % bootstrap interval; infinite for a single seed, None for none."""
-  if not values:
-    return None
-  if len(values) == 1:
-    return Interval(float(values[0]), float("-inf"), float("inf"))
-  return bootstrap_ratio(np.asarray(values), np.ones(len(values)), seed=0)
-
-
 def _row(report: Mapping[str, Any], arm: str) -> dict[str, Any]:
-  row = {name: interval_over(_values(report, arm, *place)) for name, place in MEASURES.items()}
+  row = {name: mean_over_runs(_values(report, arm, *place)) for name, place in MEASURES.items()}
   scales = report["runs"][run_name(arm, report["seeds"][0])]["scaled"]
   for scale in scales:
     values = [report["runs"][run_name(arm, seed)]["scaled"][scale]["violation"] for seed in report["seeds"]]
-    row[f"violation_x{scale}"] = interval_over([value for value in values if value is not None])
+    row[f"violation_x{scale}"] = mean_over_runs([value for value in values if value is not None])
   return {name: None if value is None else value._asdict() for name, value in row.items()}
 
 

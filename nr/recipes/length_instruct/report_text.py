@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nr.evaluation.reports import number, table
+from nr.evaluation.reports import interval_cell, number, table
 
 TITLES = {
   "sft": "before (SFT)",
@@ -27,16 +27,6 @@ def render(report: Mapping[str, Any]) -> str:
 def title(arm: str) -> str:
   """Returns what an arm is called in tables."""
   return TITLES.get(arm, arm)
-
-
-def cell(interval: Mapping[str, float] | None, digits: int = 2) -> str:
-  """Returns a number with its interval, such as "0.48 (0.45 to 0.51)"; the number alone for one seed."""
-  if interval is None:
-    return "-"
-  low, high = interval["low"], interval["high"]
-  if None in (low, high) or not -1e300 < low <= high < 1e300:
-    return f"{interval['estimate']:.{digits}f}"
-  return f"{interval['estimate']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def toy(report: Mapping[str, Any]) -> list[str]:
@@ -92,7 +82,9 @@ def arms_table(report: Mapping[str, Any]) -> str:
   """Returns violations, words and quality with limits, words and quality without."""
   header = ["arm", "violations", "words", "quality", "words without limit", "quality without limit"]
   fields = ("violation", "words", "quality", "free_words", "free_quality")
-  rows = [[title(arm), *(cell(row[field]) for field in fields)] for arm, row in report["table"].items()]
+  rows = [
+    [title(arm), *(interval_cell(row[field]) for field in fields)] for arm, row in report["table"].items()
+  ]
   return table(header, rows)
 
 
@@ -101,7 +93,7 @@ def scaled(report: Mapping[str, Any]) -> str:
   names = [name for name in next(iter(report["table"].values())) if name.startswith("violation_x")]
   header = ["arm", "x1", *(name.removeprefix("violation_") for name in names)]
   rows = [
-    [title(arm), *(cell(row[name], 3) for name in ("violation", *names))]
+    [title(arm), *(interval_cell(row[name], 3) for name in ("violation", *names))]
     for arm, row in report["table"].items()
   ]
   return table(header, rows)
@@ -110,7 +102,9 @@ def scaled(report: Mapping[str, Any]) -> str:
 def benchmark(report: Mapping[str, Any]) -> str:
   """Returns violation, win and words by the rule of AlpacaEval-LI."""
   fields = ("benchmark_violation", "benchmark_win", "benchmark_words")
-  rows = [[title(arm), *(cell(row[field]) for field in fields)] for arm, row in report["table"].items()]
+  rows = [
+    [title(arm), *(interval_cell(row[field]) for field in fields)] for arm, row in report["table"].items()
+  ]
   text = (
     "Baseline and limit are the shortest of three answers of the model before; a violation loses, quality decides "
     "the rest, ties count half."

@@ -229,14 +229,22 @@ def tiny_table() -> str:
   return "\n".join(rows)
 
 
-def speed_table() -> str:
-  text = (RESULTS / "train_step_cpu.md").read_text().strip()
+def embedded(file: str) -> str:
+  """Returns a Markdown result file with its headings two levels lower."""
+  text = (RESULTS / file).read_text().strip()
   return text.replace("# ", "### ", 1).replace("\n## ", "\n#### ")
+
+
+def speed_table() -> str:
+  return embedded("train_step_cpu.md")
+
+
+def preference_speed_table() -> str:
+  return embedded("preference_step_cpu.md")
 
 
 def decode_table() -> str:
-  text = (RESULTS / "decode_cpu.md").read_text().strip()
-  return text.replace("# ", "### ", 1).replace("\n## ", "\n#### ")
+  return embedded("decode_cpu.md")
 
 
 SECTIONS = {
@@ -244,6 +252,7 @@ SECTIONS = {
   "tiny": tiny_table,
   "preferences": preference_tables,
   "speed": speed_table,
+  "preference_speed": preference_speed_table,
   "decode": decode_table,
 }
 

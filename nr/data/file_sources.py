@@ -3,8 +3,8 @@
 import gzip
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple
 
 from absl import logging
 
@@ -120,10 +120,22 @@ def _text_block(path: pathlib.Path, lines: list[bytes], first_line: int, id: str
     quarantine.reject(path, f"line {line}", None, problem, "convert the file to UTF-8", raw)
 
 
-def json_lines_file(
-  path: pathlib.Path, stem: str, spec: CorpusSpec, quarantine: Quarantine
-) -> Iterator[Document]:
-  """Yields one document a line of a .jsonl file (possibly .gz); blank lines are passed over."""
+class FileRecord(NamedTuple):
+  """A record of a file.
+
+  Attributes:
+    where: its place, such as "line 12".
+    id: names it where it names itself by no field.
+    fields: its content.
+  """
+
+  where: str
+  id: str
+  fields: Mapping[str, Any]
+
+
+def json_records(path: pathlib.Path, stem: str, quarantine: Quarantine) -> Iterator[FileRecord]:
+  """Yields the objects of a .jsonl file (possibly .gz), one a line; blank lines are passed over."""
   for number, raw in enumerate(_lines(path), start=1):
     if not raw.strip():
       continue
@@ -138,7 +150,15 @@ def json_lines_file(
       problem = f"holds a {type(record).__name__}, not an object"
       quarantine.reject(path, where, None, problem, "write one JSON object a line", raw)
       continue
-    yield from field_document(record, path, where, f"{stem}:{number}", spec, quarantine)
+    yield FileRecord(where, f"{stem}:{number}", record)
+
+
+def json_lines_file(
+  path: pathlib.Path, stem: str, spec: CorpusSpec, quarantine: Quarantine
+) -> Iterator[Document]:
+  """Yields one document a line of a .jsonl file (possibly .gz)."""
+  for where, id, fields in json_records(path, stem, quarantine):
+    yield from field_document(fields, path, where, id, spec, quarantine)
 
 
 def field_document(
@@ -174,10 +194,17 @@ def field_document(
   yield Document(default_id if id is None else str(id), text)
 
 
-def parquet_file(
-  path: pathlib.Path, stem: str, spec: CorpusSpec, quarantine: Quarantine
-) -> Iterator[Document]:
-  """Yields one document a row of a Parquet file, read in pieces; needs pyarrow.
+def parquet_records(
+  path: pathlib.Path, stem: str, columns: Sequence[str], required: str, setting: str
+) -> Iterator[FileRecord]:
+  """Yields the rows of a Parquet file, read in pieces; needs pyarrow.
+
+  Args:
+    path: the file.
+    stem: in front of the rows' numbers in their ids.
+    columns: what is read of it; those that are not there are passed over.
+    required: the column that must be there.
+    setting: the config field that names it, for the error.
 
   Raises:
     DataError: pyarrow is missing, the file is damaged, or the column is missing.
@@ -192,17 +219,27 @@ def parquet_file(
   except (pyarrow.ArrowException, OSError) as error:
     raise DataError(f"{path} is not a readable Parquet file ({error}); write it again") from error
   names = table.schema_arrow.names
-  if spec.text_field not in names:
+  if required not in names:
     raise DataError(
-      f"{path}, row 0, field {spec.text_field!r}: is missing (the file has {', '.join(names)}); "
-      "set corpus.text_field to the column that holds the text"
+      f"{path}, row 0, field {required!r}: is missing (the file has {', '.join(names)}); "
+      f"set {setting} to the column that holds the text"
     )
-  columns = [name for name in dict.fromkeys((spec.text_field, spec.id_field)) if name in names]
   number = 0
-  for batch in table.iter_batches(batch_size=256, columns=columns):
+  for batch in table.iter_batches(
+    batch_size=256, columns=[name for name in dict.fromkeys(columns) if name in names]
+  ):
     for record in batch.to_pylist():
-      yield from field_document(record, path, f"row {number}", f"{stem}:{number}", spec, quarantine)
+      yield FileRecord(f"row {number}", f"{stem}:{number}", record)
       number += 1
+
+
+def parquet_file(
+  path: pathlib.Path, stem: str, spec: CorpusSpec, quarantine: Quarantine
+) -> Iterator[Document]:
+  """Yields one document a row of a Parquet file; errors as in `parquet_records`."""
+  columns = spec.text_field, spec.id_field
+  for where, id, fields in parquet_records(path, stem, columns, spec.text_field, "corpus.text_field"):
+    yield from field_document(fields, path, where, id, spec, quarantine)
 
 
 def record_directory(directory: pathlib.Path, spec: CorpusSpec, quarantine: Quarantine) -> Iterator[Document]:

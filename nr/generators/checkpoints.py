@@ -193,7 +193,7 @@ def _models_of(node: Any) -> list[str]:
 
 
 def _our_tokenizer(folder: pathlib.Path, fingerprint: str, given: Any) -> Any:
-  candidates = [pathlib.Path(given)] if given is not None else _tokenizers_around(folder)
+  candidates = [pathlib.Path(given)] if given is not None else tokenizer_folders(folder)
   for candidate in candidates:
     own = load_tokenizer(candidate)
     if own.fingerprint == fingerprint:
@@ -205,8 +205,8 @@ def _our_tokenizer(folder: pathlib.Path, fingerprint: str, given: Any) -> Any:
   )
 
 
-def _tokenizers_around(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns tokenizer folders of the run that a model belongs to, nearest first."""
+def tokenizer_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the tokenizer folders of the run that a model folder belongs to, nearest first."""
   from nr.tokenizer_files import SETTINGS_FILE
 
   found = []

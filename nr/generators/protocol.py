@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 FAILED = "error"
+COMPLETE = ("stop_id", "stop_string", "stop")
+"""Reasons for which a text ended by itself, not at the limit of tokens."""
 
 
 class Message(NamedTuple):
@@ -124,7 +126,7 @@ class Sample:
   @property
   def is_complete(self) -> bool:
     """Whether the text ended by itself: at a stop id or stop string, not at the limit of tokens."""
-    return self.finish_reason in ("stop_id", "stop_string", "stop")
+    return self.finish_reason in COMPLETE
 
 
 @runtime_checkable

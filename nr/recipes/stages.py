@@ -4,7 +4,8 @@ A recipe is a list of stages. A stage is a named function from the config and
 the artifacts of earlier stages to an artifact: a dictionary of plain JSON values
 (numbers, and paths relative to the work directory). `manifest.json` records for
 every stage the fingerprint it was made with; a stage whose fingerprint is
-unchanged is skipped, one made by another config is never silently mixed in.
+unchanged is skipped, one made by another config, or from a file with another
+content, is never silently mixed in.
 """
 
 import contextlib
@@ -21,10 +22,10 @@ from typing import Any
 
 from nr import names
 from nr.files import replace_text
+from nr.recipes.input_files import MANIFEST, FileHashes
 from nr.training.defaults import OPERATIONAL
 
 Artifact = dict[str, Any]
-MANIFEST = "manifest.json"
 _FINGERPRINTED_PACKAGES = ("nr", "jax", "flax", "optax")
 
 
@@ -63,12 +64,16 @@ class Stage:
       interruption, so it must resume what it finds there.
     sections: top-level config fields that decide its result.
     inputs: names of earlier stages whose artifacts it reads.
+    files: config fields, such as "data.pairs", that name files or folders which it reads
+      from outside of the run; "" names none. What they hold decides the result as their
+      names do (see `nr.recipes.input_files`).
   """
 
   name: str
   run: Callable[[StageContext], Artifact]
   sections: tuple[str, ...] = ()
   inputs: tuple[str, ...] = ()
+  files: tuple[str, ...] = ()
 
 
 class StageError(ValueError):
@@ -97,17 +102,35 @@ def _without_operational(tree: Any, name: str = "") -> Any:
   return {key: _without_operational(value, key) for key, value in tree.items() if key not in dropped}
 
 
-def _fingerprints(stages: Sequence[Stage], config: Any) -> dict[str, dict[str, Any]]:
+def _value(config: Any, field: str) -> Any:
+  """Returns the value of a dotted field."""
+  for name in field.split("."):
+    config = config[name]
+  return config
+
+
+def _contents(stage: Stage, config: Any, hashes: FileHashes) -> dict[str, Any]:
+  """Returns what the files of a stage hold, by config field; those that are not there left out."""
+  named = {field: _value(config, field) for field in stage.files}
+  found = {field: hashes.describe(path) for field, path in named.items() if path}
+  return {field: content for field, content in found.items() if content is not None}
+
+
+def _fingerprints(stages: Sequence[Stage], config: Any, workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
   """Returns, for every stage, what its result depends on and the hash of that."""
   records: dict[str, dict[str, Any]] = {}
+  hashes = FileHashes(workdir)
   for stage in stages:
     record = {
       "config": config_section(config, stage.sections),
       "inputs": {name: records[name]["fingerprint"] for name in stage.inputs},
       "versions": versions(),
     }
+    if files := _contents(stage, config, hashes):
+      record["files"] = files
     text = json.dumps(record, sort_keys=True)
     records[stage.name] = {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), **record}
+  hashes.save()
   return records
 
 
@@ -126,6 +149,20 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     f"{key}: {before.get(key, 'absent')!r} there, {after.get(key, 'absent')!r} now"
     for key in sorted(set(before) | set(after))
     if before.get(key, "absent") != after.get(key, "absent")
+  ]
+
+
+def _changed_files(old: Mapping[str, Any], new: Mapping[str, Any], config: Any) -> list[str]:
+  """Says which files hold something else than when a stage was made."""
+
+  def told(content: Mapping[str, Any] | None) -> str:
+    return "nothing" if content is None else f"{content['bytes']} bytes, sha256 {content['sha256'][:12]}"
+
+  return [
+    f"the content of {field}={_value(config, field)!r} is another: "
+    f"{told(old.get(field))} there, {told(new.get(field))} now"
+    for field in sorted(set(old) | set(new))
+    if old.get(field) != new.get(field)
   ]
 
 
@@ -157,7 +194,11 @@ def _finite(value: Any) -> Any:
 
 
 def _check_against_manifest(
-  stages: Sequence[Stage], records: dict[str, Any], manifest: dict[str, Any], workdir: pathlib.Path
+  stages: Sequence[Stage],
+  records: dict[str, Any],
+  manifest: dict[str, Any],
+  config: Any,
+  workdir: pathlib.Path,
 ) -> None:
   """Refuses a work directory whose stages were made from something else."""
   stale = [
@@ -170,10 +211,12 @@ def _check_against_manifest(
   first = stale[0]
   old = {key: manifest[first].get(key, {}) for key in ("config", "versions")}
   new = {key: records[first][key] for key in ("config", "versions")}
-  reasons = "; ".join(_differences(old, new)[:4]) or "an input of it has changed"
+  reasons = _differences(old, new)
+  reasons += _changed_files(manifest[first].get("files", {}), records[first].get("files", {}), config)
+  told = "; ".join(reasons[:4]) or "an input of it has changed"
   remove = " ".join(str(workdir / name) for name in stale)
   raise StageError(
-    f"stage {first!r} in {workdir} was made by another config ({reasons}). "
+    f"stage {first!r} in {workdir} was made by another config ({told}). "
     f"Use a new --workdir, or remove what is outdated with: rm -r {remove}"
   )
 
@@ -205,9 +248,9 @@ def run_stages(
   if only is not None and only not in known:
     raise StageError(names.unknown("--stage", only, known))
   workdir.mkdir(parents=True, exist_ok=True)
-  records = _fingerprints(stages, config)
+  records = _fingerprints(stages, config, workdir)
   manifest = _forget_removed(read_manifest(workdir), workdir)
-  _check_against_manifest(stages, records, manifest, workdir)
+  _check_against_manifest(stages, records, manifest, config, workdir)
   write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
 
   artifacts: dict[str, Artifact] = {}

@@ -1,7 +1,7 @@
 """Trees of arrays that one stage leaves for the next: stacked on disk, hashed leaf by leaf."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,13 +50,15 @@ def save_tree(path: str | pathlib.Path, tree: PyTree, metadata: Mapping[str, Any
     raise
 
 
-def load_tree(path: str | pathlib.Path, shardings: PyTree | None = None) -> tuple[dict, dict]:
+def load_tree(
+  path: str | pathlib.Path, shardings: PyTree | Callable[[dict], PyTree] | None = None
+) -> tuple[dict, dict]:
   """Reads what `save_tree` wrote and checks every leaf.
 
   Args:
     path: the directory.
-    shardings: tree like the saved one (in either layout) of NamedShardings;
-      by default everything goes to the first device.
+    shardings: tree like the saved one (in either layout) of NamedShardings, or a function
+      from the metadata to it; by default everything goes to the first device.
 
   Returns:
     (tree with stacked layers, metadata).
@@ -71,6 +73,8 @@ def load_tree(path: str | pathlib.Path, shardings: PyTree | None = None) -> tupl
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
       sealed = checkpointer.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
       content = storage.unseal(sealed)
+      if callable(shardings):
+        shardings = shardings(content["metadata"])
       target = storage.targets(_parse_types(content["types"]), shardings)
       restore = ocp.args.Composite(tree=ocp.args.StandardRestore(target))
       tree = checkpointer.restore(path, args=restore).tree

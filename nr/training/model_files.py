@@ -20,7 +20,7 @@ from nr.models.concept_mixing import ConceptMixingSpec, ConceptMixingTransformer
 from nr.models.reward import RewardModel, RewardModelSpec
 from nr.models.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderSpec
 from nr.models.transformer import Transformer, TransformerSpec
-from nr.training import artifacts
+from nr.training import artifacts, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,27 +123,39 @@ def save_model(directory: pathlib.Path, spec: ModelSpec, params: Any, tokenizer:
   return artifacts.tree_hash(params)
 
 
-def load_model(directory: pathlib.Path, tokenizer: str | None = None) -> Model:
+def load_model(
+  directory: pathlib.Path, tokenizer: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> Model:
   """Reads a model folder, its integrity checked, in the layout that it was trained in.
 
   Args:
     directory: what `save_model` wrote.
     tokenizer: fingerprint that must match the saved one, unless None.
+    mesh: devices that the parameters are split over, no device holding all of them; None:
+      they go to the first one.
 
   Raises:
     ValueError: another tokenizer or an unknown kind.
     CheckpointError: nothing there, or damaged files.
   """
-  params, metadata = artifacts.load_tree(directory)
-  if metadata["kind"] not in KINDS:
-    raise ValueError(names.unknown(f"{directory}: kind", metadata["kind"], KINDS))
+
+  def placed(metadata: dict[str, Any]) -> Any:
+    return sharding.shardings(axes_of(_saved_spec(directory, metadata)), mesh)
+
+  params, metadata = artifacts.load_tree(directory, None if mesh is None else placed)
   if tokenizer is not None and metadata["tokenizer"] != tokenizer:
     raise ValueError(
       f"{directory} was trained with tokenizer {metadata['tokenizer'][:12]}, "
       f"this run uses {tokenizer[:12]}; give the tokenizer it was trained with"
     )
   fingerprint = artifacts.tree_hash(params)
-  spec = KINDS[metadata["kind"]].from_dict(metadata["spec"])
+  spec = _saved_spec(directory, metadata)
   if layout_of(spec) == "unroll":
     params = parameters.unstack_layers(params)
   return Model(spec, graphdef_of(spec), jax.tree.map(jnp.asarray, params), fingerprint, metadata)
+
+
+def _saved_spec(directory: pathlib.Path, metadata: dict[str, Any]) -> ModelSpec:
+  if metadata["kind"] not in KINDS:
+    raise ValueError(names.unknown(f"{directory}: kind", metadata["kind"], KINDS))
+  return KINDS[metadata["kind"]].from_dict(metadata["spec"])

@@ -8,6 +8,7 @@ Each stage is a module of this package; read them in that order.
 
 from typing import Any
 
+from nr.data.sources import BUILT_IN
 from nr.recipes.cocomix import (
   autoencoder,
   checks,
@@ -26,9 +27,9 @@ validate = checks.validate
 
 def stages(config: Any) -> list[Stage]:
   """Returns the stages of the recipe, in order."""
-  del config
+  text = () if config.corpus.name in BUILT_IN else ("corpus.name",)
   return [
-    Stage("tokenizer", corpus.run, sections=("corpus", "tokenizer")),
+    Stage("tokenizer", corpus.run, sections=("corpus", "tokenizer"), files=(*text, "tokenizer.path")),
     Stage("teacher", teacher.run, sections=("teacher", "window", "compute", "seed"), inputs=("tokenizer",)),
     Stage("sae", autoencoder.run, sections=("sae", "window", "seed"), inputs=("tokenizer", "teacher")),
     Stage(

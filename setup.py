@@ -44,6 +44,7 @@ EXTRAS = {
   ],  # fmt: skip
   "lint": ["ruff>=0.14", "import-linter>=2"],
   "oracles": ["torch>=2.13", "transformers>=5.23", "peft>=0.21", "trl>=1.16"],
+  "launch": ["xmanager>=0.8.5"],  # takes protobuf below 7: best in an environment of its own
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
 }

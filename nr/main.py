@@ -6,6 +6,8 @@ The text after the colon chooses a variant of the config; any field can be set
 on the command line, for example --config.seed=1. Stages that are finished in
 the work directory are skipped and interrupted ones are resumed, so the same
 command continues a run that was stopped. --stage=NAME runs one stage alone.
+--distributed joins the processes of several hosts, each started with the same
+command, into one run (see docs/launching.md).
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import pathlib
 import sys
 import traceback
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -26,6 +29,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: artifacts, checkpoints, report.")
 _STAGE = flags.DEFINE_string("stage", None, "Run this stage alone; its inputs must be finished.")
+_DISTRIBUTED = flags.DEFINE_string(
+  "distributed",
+  "",
+  "Be one of several processes: 'auto' asks Cloud TPU, Slurm, Kubernetes or Open MPI for the others; else "
+  "ADDRESS:PORT,COUNT,INDEX with the address of the first process.",
+)
 
 
 def log_to(path: pathlib.Path) -> None:
@@ -50,6 +59,42 @@ def log_to(path: pathlib.Path) -> None:
   logging.getLogger("absl").propagate = True
 
 
+def join(distributed: str) -> None:
+  """Connects this process with the others of a distributed run, before any device is used.
+
+  Args:
+    distributed: "auto", or "ADDRESS:PORT,COUNT,INDEX".
+
+  Raises:
+    ValueError: neither of them, or "auto" where nothing says which processes there are.
+  """
+  if distributed == "auto":
+    try:
+      jax.distributed.initialize()
+    except ValueError as error:
+      raise ValueError(
+        f"--distributed=auto: this is no Cloud TPU, Slurm, Kubernetes or Open MPI job ({error}); give "
+        "ADDRESS:PORT,COUNT,INDEX"
+      ) from error
+    return
+  address, *numbers = distributed.split(",")
+  if ":" not in address or len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+    raise ValueError(
+      f"--distributed={distributed!r}: give 'auto' or ADDRESS:PORT,COUNT,INDEX, such as host0:1234,2,0"
+    )
+  count, index = map(int, numbers)
+  if not index < count:
+    raise ValueError(f"--distributed={distributed!r}: INDEX counts from 0 to COUNT - 1 = {count - 1}")
+  jax.distributed.initialize(address, num_processes=count, process_id=index)
+
+
+def log_name() -> str:
+  """Returns the name of this process's log file: log.txt, of further processes log.process1.txt and so on."""
+  if not _DISTRIBUTED.value or jax.process_index() == 0:
+    return "log.txt"
+  return f"log.process{jax.process_index()}.txt"
+
+
 def run(config, workdir: pathlib.Path, stage: str | None = None) -> dict[str, stages.Artifact]:
   """Runs a recipe in this process; what the command line and notebooks call.
 
@@ -63,6 +108,7 @@ def run(config, workdir: pathlib.Path, stage: str | None = None) -> dict[str, st
     The artifact of every stage that has been finished.
   """
   recipe = importlib.import_module(config.recipe)
+  stages.require_distributed(recipe.stages(config), config.recipe, jax.process_count())
   recipe.validate(config)
   return stages.run_stages(recipe.stages(config), config, workdir, stage)
 
@@ -91,6 +137,9 @@ def main(argv: list[str]) -> int:
   workdir = pathlib.Path(_WORKDIR.value)
   log = workdir / "log.txt"
   try:
+    if _DISTRIBUTED.value:
+      join(_DISTRIBUTED.value)
+    log = workdir / log_name()
     log_to(log)
     run(_CONFIG.value, workdir, _STAGE.value)
   except guards.Interrupted as stop:  # the loop has saved its state
@@ -104,7 +153,7 @@ def main(argv: list[str]) -> int:
       traceback.print_exc(file=stream)
     print(f"error: {one_line(error)} [{type(error).__name__}; traceback in {log}]", file=sys.stderr)
     return 1
-  if (workdir / "report.md").exists():
+  if log.name == "log.txt" and (workdir / "report.md").exists():
     print(f"Report: {workdir / 'report.md'}")
   return 0
 

@@ -35,13 +35,16 @@ def plot_curves(
   x_label: str,
   y_label: str,
   logarithmic: bool = False,
+  x_logarithmic: bool = False,
 ) -> None:
-  """Draws lines, each given as (x values, y values)."""
+  """Draws lines, each given as (x values, y values); `logarithmic` is the axis of y."""
   figure, axes = _figure(title, x_label, y_label)
   for name, (x, y) in curves.items():
     axes.plot(x, y, label=name, linewidth=1.4, marker="o" if len(x) < 16 else None, markersize=3)
   if logarithmic:
     axes.set_yscale("log")
+  if x_logarithmic:
+    axes.set_xscale("log")
   if len(curves) > 1:
     axes.legend(frameon=False)
   _save(figure, path)

@@ -23,6 +23,7 @@ from typing import Any
 from nr import names
 from nr.files import replace_text
 from nr.recipes.input_files import MANIFEST, FileHashes
+from nr.recipes.processes import Processes
 from nr.training.defaults import OPERATIONAL
 
 Artifact = dict[str, Any]
@@ -67,6 +68,9 @@ class Stage:
     files: config fields, such as "data.pairs", that name files or folders which it reads
       from outside of the run; "" names none. What they hold decides the result as their
       names do (see `nr.recipes.input_files`).
+    every_process: whether all processes of a distributed run take part, each with its
+      share of the data. Else the first one runs it, with the devices of its host, and the
+      others wait: it must use nothing that they would have to join.
   """
 
   name: str
@@ -74,6 +78,7 @@ class Stage:
   sections: tuple[str, ...] = ()
   inputs: tuple[str, ...] = ()
   files: tuple[str, ...] = ()
+  every_process: bool = False
 
 
 class StageError(ValueError):
@@ -116,8 +121,17 @@ def _contents(stage: Stage, config: Any, hashes: FileHashes) -> dict[str, Any]:
   return {field: content for field, content in found.items() if content is not None}
 
 
-def _fingerprints(stages: Sequence[Stage], config: Any, workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """Returns, for every stage, what its result depends on and the hash of that."""
+def fingerprints(stages: Sequence[Stage], config: Any, workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """Returns, for every stage, what its result depends on and the hash of that.
+
+  Args:
+    stages: the recipe.
+    config: a ConfigDict with the sections that the stages name.
+    workdir: folder that keeps the hashes of input files.
+
+  Returns:
+    By stage `fingerprint`, and what it is made from: config, inputs, versions and, where there are any, files.
+  """
   records: dict[str, dict[str, Any]] = {}
   hashes = FileHashes(workdir)
   for stage in stages:
@@ -226,6 +240,19 @@ def _forget_removed(manifest: dict[str, Any], workdir: pathlib.Path) -> dict[str
   return {name: entry for name, entry in manifest.items() if (workdir / name).is_dir()}
 
 
+def require_distributed(stages: Sequence[Stage], recipe: str, count: int) -> None:
+  """Refuses several processes where they could not help, or would get in each other's way.
+
+  Raises:
+    StageError: no stage is for all processes.
+  """
+  if count > 1 and not any(stage.every_process for stage in stages):
+    raise StageError(
+      f"--distributed: {count} processes: no stage of recipe {recipe!r} is for several; run it without, on one "
+      "host (all its devices are used), and spread sweeps over hosts with nr.sweep --shard"
+    )
+
+
 def run_stages(
   stages: Sequence[Stage], config: Any, workdir: pathlib.Path, only: str | None = None
 ) -> dict[str, Artifact]:
@@ -243,15 +270,21 @@ def run_stages(
   Raises:
     StageError: an unknown stage, an unfinished input, or a run directory that
       was made by another config.
+    ProcessError: of several processes, the first has failed, or they see other run directories.
   """
   known = [stage.name for stage in stages]
   if only is not None and only not in known:
     raise StageError(names.unknown("--stage", only, known))
   workdir.mkdir(parents=True, exist_ok=True)
-  records = _fingerprints(stages, config, workdir)
+  processes = Processes()
+  if processes.is_first:  # it keeps the hashes of input files for the others
+    fingerprints(stages, config, workdir)
+  processes.meet(workdir)
+  records = fingerprints(stages, config, workdir)
   manifest = _forget_removed(read_manifest(workdir), workdir)
   _check_against_manifest(stages, records, manifest, config, workdir)
-  write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
+  if processes.is_first:
+    write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
 
   artifacts: dict[str, Artifact] = {}
   for number, stage in enumerate(stages, start=1):
@@ -262,11 +295,44 @@ def run_stages(
       logging.info("%s: finished earlier, skipped", title)
     elif only is None or stage.name == only:
       logging.info("%s: starting", title)
-      artifacts[stage.name] = _run_stage(stage, config, workdir, artifacts, records, manifest)
+      _require_inputs(stage, workdir, artifacts)
+      if processes.is_first:
+        _run_stage(stage, config, workdir, artifacts, records, manifest, processes)
+      else:
+        manifest[stage.name] = _follow_stage(stage, config, workdir, artifacts, processes)
+      artifacts[stage.name] = manifest[stage.name]["artifact"]
       logging.info("%s: done in %.1f s", title, manifest[stage.name]["seconds"])
     if stage.name == only:
       break
   return artifacts
+
+
+def _require_inputs(stage: Stage, workdir: pathlib.Path, artifacts: dict[str, Artifact]) -> None:
+  """Raises StageError where an input of a stage is not finished."""
+  missing = [name for name in stage.inputs if name not in artifacts]
+  if missing:
+    raise StageError(
+      f"--stage={stage.name} needs the finished stage {missing[0]!r} in {workdir}; "
+      f"run without --stage, or --stage={missing[0]} first"
+    )
+
+
+def _context(
+  stage: Stage, config: Any, workdir: pathlib.Path, artifacts: dict[str, Artifact]
+) -> StageContext:
+  """Returns what a stage may see; its folder is made."""
+  directory = workdir / stage.name
+  directory.mkdir(exist_ok=True)
+  return StageContext(config, workdir, directory, {name: artifacts[name] for name in stage.inputs})
+
+
+def _follow_stage(
+  stage: Stage, config: Any, workdir: pathlib.Path, artifacts: dict[str, Artifact], processes: Processes
+) -> dict[str, Any]:
+  """Takes part in a stage that is for all processes, and returns the first one's entry of the manifest."""
+  if stage.every_process:
+    stage.run(_context(stage, config, workdir, artifacts))
+  return processes.wait_for(workdir / MANIFEST, stage.name)
 
 
 def _run_stage(
@@ -276,25 +342,20 @@ def _run_stage(
   artifacts: dict[str, Artifact],
   records: dict[str, Any],
   manifest: dict[str, Any],
-) -> Artifact:
+  processes: Processes,
+) -> None:
   """Runs one stage and records it, time of interrupted attempts included."""
-  missing = [name for name in stage.inputs if name not in artifacts]
-  if missing:
-    raise StageError(
-      f"--stage={stage.name} needs the finished stage {missing[0]!r} in {workdir}; "
-      f"run without --stage, or --stage={missing[0]} first"
-    )
-  directory = workdir / stage.name
-  directory.mkdir(exist_ok=True)
+  context = _context(stage, config, workdir, artifacts)
   spent = manifest.get(stage.name, {}).get("seconds", 0.0)
-  entry = {**records[stage.name], "status": "running", "seconds": spent}
+  entry = {**records[stage.name], "status": "running", "seconds": spent, **processes.mark()}
   manifest[stage.name] = entry
   write_json(workdir / MANIFEST, manifest)
   start = time.monotonic()
-  context = StageContext(config, workdir, directory, {name: artifacts[name] for name in stage.inputs})
   try:
     artifact = stage.run(context)
   except BaseException:
+    if processes.count > 1:  # the others are waiting
+      entry["status"] = "failed"
     entry["seconds"] = round(spent + time.monotonic() - start, 3)
     with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
       write_json(workdir / MANIFEST, manifest)
@@ -302,4 +363,3 @@ def _run_stage(
   entry["seconds"] = round(spent + time.monotonic() - start, 3)
   entry.update(status="finished", artifact=artifact)
   write_json(workdir / MANIFEST, manifest)
-  return artifact

@@ -6,7 +6,7 @@ lines, each with further samples; the reader joins them. After a kill the sample
 """
 
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from nr.data.bad_records import DataError, Quarantine
@@ -251,16 +251,26 @@ class PoolWriter:
       DataError: a sample that is there already, or a line that contradicts an earlier
         one of its pool; nothing is written.
     """
+    self.extend([pool])
+
+  def extend(self, pools: Sequence[Pool]) -> None:
+    """Writes a line a pool, different pools all; they are on disk when this returns. Errors as in `append`."""
+    checked = [self._checked(pool) for pool in pools]
+    self._appender.append("".join(line for line, _ in checked))
+    for _, pool in checked:
+      self._note(pool)
+
+  def _checked(self, pool: Pool) -> tuple[str, Pool]:
+    """Returns the line of a pool that the file can take, and what reading it would give."""
     record = _record_of(pool, self._appender.path)
-    first = self._pools.get((pool.id, pool.round))
+    first, read = self._pools.get((pool.id, pool.round)), _pool_from(record)
     known = [PoolSample(index) for index in self._indices.get((pool.id, pool.round), ())]
-    found = _clash(first._replace(samples=tuple(known)), _pool_from(record)) if first else None
+    found = _clash(first._replace(samples=tuple(known)), read) if first else None
     if found:
       raise DataError(
         f"{self._appender.path}, pool {pool.id!r}, field {found[0]!r}: {found[1]}; give another id"
       )
-    self._appender.append(json_line(record, f"{self._appender.path}, pool {pool.id!r}"))
-    self._note(_pool_from(record))
+    return json_line(record, f"{self._appender.path}, pool {pool.id!r}"), read
 
   def close(self) -> None:
     """Closes the file."""

@@ -12,11 +12,12 @@ def wins(first_PN: np.ndarray, second_PM: np.ndarray) -> np.ndarray:
 
   Args:
     first_PN: scores of N responses to each of P prompts; [P, N, C] for scores of which a later one decides
-      only where all earlier ones tie.
+      only where all earlier ones tie. NaN: there is no score.
     second_PM: scores of M responses to the same prompts.
 
   Returns:
-    float64 [P], the mean over all N x M comparisons of a prompt.
+    float64 [P], the mean over the N x M comparisons of a prompt that can be made: those that no missing score
+    decides; NaN where there is none.
 
   Raises:
     ValueError: other prompts, or another number of scores.
@@ -30,7 +31,11 @@ def wins(first_PN: np.ndarray, second_PM: np.ndarray) -> np.ndarray:
   for score in range(first.shape[2]):
     sign = np.sign(first[:, :, None, score] - second[:, None, :, score])
     decided = np.where(decided == 0, sign, decided)
-  return (0.5 * (1 + decided)).mean(axis=(1, 2))
+  points = 0.5 * (1 + decided)
+  if not np.isnan(points).any():
+    return points.mean(axis=(1, 2))
+  count_P = np.isfinite(points).sum(axis=(1, 2))
+  return np.where(count_P, np.nansum(points, axis=(1, 2)) / np.maximum(count_P, 1), np.nan)
 
 
 def winrate(

@@ -1,4 +1,4 @@
-"""Adaptive decoding: tasks and rewards, pairs as arrays, the head's method, the cache, the rules compared."""
+"""Adaptive decoding on toys: rewards, pairs as arrays, the head's method, the cache, the rules compared."""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +6,26 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nr.data.pools import Pool, PoolSample, read_pools
 from nr.data.preferences import PreferencePair, write_pairs
 from nr.generation.language_models import Network
 from nr.models import parameters
 from nr.models.adaptive_decoder import AdaptiveDecoderSpec
 from nr.models.transformer import Transformer, TransformerSpec
 from nr.objectives.latent_preference import LatentPreferenceSpec
-from nr.recipes.adaptive_decoding import evaluate, families, heads, pairs, pools, sampling, settings
+from nr.recipes.adaptive_decoding import (
+  drawing,
+  evaluate,
+  families,
+  features,
+  heads,
+  pairs,
+  pools,
+  sampling,
+  settings,
+)
 from nr.recipes.adaptive_decoding.method import latent_preference_method
+from nr.recipes.adaptive_decoding.tasks.toy import ToyTask
 from nr.training.model_files import axes_of
 from tests.training import method_suite
 
@@ -125,55 +137,76 @@ class Section(dict):
 EXPERIMENT = Section(level="sequence", action="temperature", values=TAUS, pair_rule="extremes", pair_top=2)
 
 
-def written(level, count=6, per_prompt=8):
-  prompts = families.make_prompts("words", count, np.random.default_rng(0))
+TASK = ToyTask("words")
+
+
+def drawn_pools(path, level, count=6, per_prompt=8, per_call=250):
+  prompts = TASK.prompts("train", count, np.random.default_rng(0)).prompts
   adaptive = sampling.with_head(network(), None, len(TAUS))
   law = pools.drawn(Section(EXPERIMENT, level=level), "sample")
-  return prompts, sampling.write(
-    adaptive, prompts.tokens_PT, key=jax.random.key(0), num_samples=per_prompt, law=law
-  )
+  room = sampling.Room(TASK.max_new_tokens, (families.END,), TASK.lengths, per_call)
+  draw = drawing.Draw(jax.random.key(0), per_prompt, law, model="m")
+  return drawing.draw_pools(path, adaptive, TASK, prompts, room, draw, families.TOKENIZER)
 
 
 @pytest.mark.parametrize("level", ("sequence", "token"))
 def test_pairs_read_back_are_what_was_sampled(level, tmp_path):
-  prompts, found = written(level)
-  scores = families.rewards("words", prompts, found.tokens_RN, found.lengths_R)
-  made = pools.make_pools("words", prompts, found, scores, model="m", seed=0)
+  made = drawn_pools(tmp_path / "pools.jsonl", level)
+  assert read_pools(tmp_path / "pools.jsonl") == made
   experiment = Section(EXPERIMENT, level=level)
   chosen, counts = pairs.pairs_of(made, experiment, np.random.default_rng(0))
   assert counts["prompts"] == 6 == counts["no_pair"] + len(chosen)
   is_same = [pair.provenance["choices"][0][0] == pair.provenance["choices"][1][0] for pair in chosen]
   assert counts["same_setting"] == (sum(is_same) if level == "sequence" else 0)
   write_pairs(tmp_path / "pairs.jsonl", chosen)
-  arrays = pairs.read_arrays(tmp_path / "pairs.jsonl")
+  arrays = pairs.read_arrays(tmp_path / "pairs.jsonl", families.LENGTH)
+  by_id = {pool.id: pool for pool in made}
   for row, pair in enumerate(chosen):
-    place = int(pair.id.partition("-")[2])
+    pool = by_id[pair.id]
     for side, response in enumerate((pair.chosen_tokens, pair.rejected_tokens)):
-      index = place * 8 + pair.provenance["samples"][side]
-      length = int(found.lengths_R[index])
+      sample = pool.samples[pair.provenance["samples"][side]]
       is_scored = arrays.weights[row, side] > 0
-      np.testing.assert_array_equal(arrays.targets[row, side][is_scored], found.tokens_RN[index, :length])
-      np.testing.assert_array_equal(arrays.choices[row, side][is_scored], found.choices_RN[index, :length])
-      np.testing.assert_array_equal(arrays.tokens[row, side, :4], prompts.tokens_PT[place])
+      np.testing.assert_array_equal(arrays.targets[row, side][is_scored], sample.tokens)
+      np.testing.assert_array_equal(arrays.choices[row, side][is_scored], sample.extras["choices"])
+      np.testing.assert_array_equal(arrays.tokens[row, side, :4], pool.prompt_tokens)
       # Position 3, the prompt's last token, predicts the first word and owns its temperature.
       assert np.flatnonzero(is_scored)[0] == 3 and is_scored.sum() == len(response)
     rewards = pair.provenance["scores"]
-    assert rewards[0] == max(scores[place * 8 : place * 8 + 8, 0]) > rewards[1]
+    assert rewards[0] == max(sample.score for sample in pool.samples) > rewards[1]
+  # As long as the longest pair, unless told otherwise.
+  short = pairs.read_arrays(tmp_path / "pairs.jsonl")
+  longest = max(len(response) for pair in chosen for response in (pair.chosen_tokens, pair.rejected_tokens))
+  assert short.tokens.shape[-1] == 4 + longest - 1 and short.weights.sum() == arrays.weights.sum()
 
 
-def test_samples_of_a_prompt_do_not_depend_on_how_prompts_are_cut(monkeypatch):
-  _, whole = written("token")
-  monkeypatch.setattr(sampling, "PIECE", 4)
-  _, cut = written("token")
-  np.testing.assert_array_equal(whole.tokens_RN, cut.tokens_RN)
-  np.testing.assert_array_equal(whole.choices_RN, cut.choices_RN)
+def test_samples_of_a_prompt_do_not_depend_on_how_prompts_are_cut(tmp_path):
+  whole = drawn_pools(tmp_path / "whole.jsonl", "token")
+  cut = drawn_pools(tmp_path / "cut.jsonl", "token", per_call=4)
+  for first, second in zip(whole, cut, strict=True):
+    for one, other in zip(first.samples, second.samples, strict=True):
+      assert (one.tokens, one.extras, one.score) == (other.tokens, other.extras, other.score)
+
+
+def test_pools_that_are_there_are_not_drawn_again(tmp_path, monkeypatch):
+  path, calls = tmp_path / "pools.jsonl", []
+  whole = drawn_pools(path, "token", per_call=4)
+  lines = path.read_text().splitlines(keepends=True)
+  # A kill in the second of two pieces: one pool of it is whole, one is cut.
+  path.write_text("".join(lines[:5]) + lines[5][:50])
+  piece = drawing.write_piece
+  monkeypatch.setattr(drawing, "write_piece", lambda *a, **k: calls.append(a[2].places) or piece(*a, **k))
+  again = drawn_pools(path, "token", per_call=4)
+  assert again == whole == read_pools(path) and calls == [[4, 5]]
+  path.write_text(path.read_text().replace('"model": "m"', '"model": "n"'))
+  with pytest.raises(ValueError, match="was drawn by another model"):
+    drawn_pools(path, "token")
 
 
 def test_a_pair_with_one_setting_on_both_sides_is_kept_and_counted():
   sample = dict(tokens=(20, 0), finish_reason="stop_id", details={"quality": 0.0})
-  make = pools.PoolSample
+  make = PoolSample
   samples = tuple(make(index, score=1.0 - index, extras={"choices": [1, 1]}, **sample) for index in range(2))
-  pool = pools.Pool("words-0", "words 1 2 =", samples, prompt_tokens=(2, 6, 7, 5))
+  pool = Pool("words-0", "words 1 2 =", samples, prompt_tokens=(2, 6, 7, 5))
   found, counts = pairs.pairs_of([pool], EXPERIMENT, np.random.default_rng(0))
   assert len(found) == 1 and counts["same_setting"] == 1
   found, counts = pairs.pairs_of([pool], Section(EXPERIMENT, level="token"), np.random.default_rng(0))
@@ -185,7 +218,8 @@ def test_pairs_are_held_out_by_prompt():
   made = [
     PreferencePair(str(row), "", "a", "b", prompt_tokens=tuple(prompt)) for row, prompt in enumerate(prompts)
   ]
-  is_held_out = pairs.held_out_pairs(made, 0.1, np.random.default_rng(0))
+  group = pairs.group_of(Section(language_model=Section(checkpoint="")))
+  is_held_out = pairs.held_out_pairs(made, 0.1, np.random.default_rng(0), group)
   of_splits = [
     {made[row].prompt_tokens for row in np.flatnonzero(members)} for members in (is_held_out, ~is_held_out)
   ]
@@ -193,8 +227,8 @@ def test_pairs_are_held_out_by_prompt():
   assert not of_splits[0] & of_splits[1]
   # As few as two prompts are one for each.
   two = [made[0], next(pair for pair in made if pair.prompt_tokens != made[0].prompt_tokens)]
-  assert pairs.held_out_pairs(two, 0.1, np.random.default_rng(0)).sum() == 1
-  assert pairs.held_out_pairs(two, 0.9, np.random.default_rng(0)).sum() == 1
+  assert pairs.held_out_pairs(two, 0.1, np.random.default_rng(0), group).sum() == 1
+  assert pairs.held_out_pairs(two, 0.9, np.random.default_rng(0), group).sum() == 1
 
 
 # The head's method.
@@ -213,10 +247,18 @@ def pair_batch(rows=16):
   )
 
 
-def batch_of(spec, is_cached):
+def rows_of(arrays, spec, folder):
+  """All pairs as one batch, with features where there is a folder for them."""
+  lengths = (families.LENGTH,)
+  reader = features.Reader(network(), TAUS)
+  found = None if folder is None else features.read_features(reader, arrays, spec, folder, lengths)
+  rows = features.PairRows(arrays, found, lengths)
+  return features.stacked(rows, range(len(rows)), families.LENGTH)
+
+
+def batch_of(spec, folder=None):
   arrays, pair_weights = pair_batch()
-  batch = heads.pair_features(network(), arrays, spec, TAUS) if is_cached else heads.without_features(arrays)
-  return {**batch, "pair_weights": pair_weights}
+  return {**rows_of(arrays, spec, folder), "pair_weights": pair_weights}
 
 
 def method_of(spec, is_cached):
@@ -232,17 +274,18 @@ def method_of(spec, is_cached):
 def test_method_suite(variant, level, is_cached, tmp_path):
   spec = LatentPreferenceSpec(variant, level, beta=0.5)
   name = f"latent_preference_{level}" if is_cached else None
-  method_suite.check_all(method_of(spec, is_cached), batch_of(spec, is_cached), tmp_path, golden=name)
+  batch = batch_of(spec, tmp_path / "features" if is_cached else None)
+  method_suite.check_all(method_of(spec, is_cached), batch, tmp_path, golden=name)
 
 
 @pytest.mark.parametrize("level", ("sequence", "token"))
 @pytest.mark.parametrize("variant", ("separate", "latent", "nll", "joint"))
-def test_cached_features_give_the_same_loss_and_gradient(variant, level):
+def test_cached_features_give_the_same_loss_and_gradient(variant, level, tmp_path):
   spec = LatentPreferenceSpec(variant, level, beta=0.5)
   params = method_suite.perturbed(method_of(spec, True).init(jax.random.key(0)), scale=0.3)
   found = []
   for is_cached in (True, False):
-    method, batch = method_of(spec, is_cached), batch_of(spec, is_cached)
+    method, batch = method_of(spec, is_cached), batch_of(spec, tmp_path if is_cached else None)
 
     def loss(params, method=method, batch=batch):
       return method.loss(params, method.frozen, (), batch, jax.random.key(0)).loss.mean()
@@ -253,27 +296,27 @@ def test_cached_features_give_the_same_loss_and_gradient(variant, level):
   assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found[0][1])) > 1e-3
 
 
-def test_one_setting_on_both_sides_teaches_all_losses_but_eq_10():
+def test_one_setting_on_both_sides_teaches_all_losses_but_eq_10(tmp_path):
   arrays, pair_weights = pair_batch()
   arrays = arrays._replace(choices=np.ones_like(arrays.choices))
   for variant, is_taught in (("separate", False), ("latent", True), ("nll", True)):
     spec = LatentPreferenceSpec(variant, "sequence", beta=0.5)
     method = method_of(spec, True)
-    batch = {**heads.pair_features(network(), arrays, spec, TAUS), "pair_weights": pair_weights}
+    batch = {**rows_of(arrays, spec, tmp_path / variant), "pair_weights": pair_weights}
     params = method_suite.perturbed(method.init(jax.random.key(0)), scale=0.3)
     slopes = jax.grad(lambda p: method.loss(p, {}, (), batch, None).loss.mean())(params)  # noqa: B023
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(slopes))
     assert largest > 1e-3 if is_taught else largest < 1e-7
-    evaluator = heads.held_out_evaluator(HEAD, spec, batch, TAUS)
+    evaluator = heads.held_out_evaluator(HEAD, spec, lambda: [batch], TAUS)  # noqa: B023
     assert evaluator.run(params, {}, ())["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize("level", ("sequence", "token"))
-def test_t9_joint_trains_the_head_as_separate_does(level):
+def test_t9_joint_trains_the_head_as_separate_does(level, tmp_path):
   slopes = []
   for variant in ("joint", "separate"):
     spec = LatentPreferenceSpec(variant, level, beta=0.5)
-    method, batch = method_of(spec, True), batch_of(spec, True)
+    method, batch = method_of(spec, True), batch_of(spec, tmp_path / variant)
     params = method_suite.perturbed(method.init(jax.random.key(0)), scale=0.3)
     slopes.append(jax.value_and_grad(lambda p: method.loss(p, {}, (), batch, None).loss.mean())(params))  # noqa: B023
   np.testing.assert_allclose(slopes[0][0], slopes[1][0], atol=1e-6)
@@ -282,7 +325,7 @@ def test_t9_joint_trains_the_head_as_separate_does(level):
 
 def test_the_frozen_model_gets_no_gradient():
   spec = LatentPreferenceSpec("latent", "token", beta=0.5)
-  method, batch = method_of(spec, False), batch_of(spec, False)
+  method, batch = method_of(spec, False), batch_of(spec)
   params = method_suite.perturbed(method.init(jax.random.key(0)), scale=0.3)
   slopes = jax.grad(lambda frozen: method.loss(params, frozen, (), batch, jax.random.key(0)).loss.total)(
     method.frozen
@@ -327,7 +370,7 @@ def test_best_single_and_oracle_are_fixed_arms():
 
 def test_what_a_head_picked_is_summarised_by_setting_and_position():
   choices = np.asarray([[0, 2, -1], [1, 2, 2]])
-  found = evaluate.pick_summary(sampling.Written(None, None, None, None, choices), TAUS)
+  found = evaluate.pick_summary(choices, TAUS)
   assert found["histogram"] == [0.2, 0.2, 0.6] and found["not_lowest"] == pytest.approx(0.8)
   assert found["mean"] == pytest.approx(3.5 / 5)
   assert found["mean_by_position"] == [0.25, 1.0, 1.0]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nr.recipes.adaptive_decoding import pools, report, report_text, sampling
+from nr.recipes.adaptive_decoding import pools, report, report_text
 
 TAUS = (0.0, 0.5, 1.0)
 
@@ -15,8 +15,7 @@ class Section(dict):
 
 def test_a_setting_that_was_never_drawn_has_no_mean_reward():
   choices = np.asarray([[0, 0, -1], [2, 2, 2]])
-  found = sampling.Written(None, None, None, None, choices)
-  curve = pools.reward_curve(found, np.asarray([0.25, 0.75]), 3)
+  curve = pools.reward_curve(choices, np.asarray([0.25, 0.75]), 3)
   assert curve == [0.25, None, 0.75]
   assert report.drawn_points(list(TAUS), curve) == ([0.0, 1.0], [0.25, 0.75])
 

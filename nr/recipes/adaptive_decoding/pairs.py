@@ -1,5 +1,6 @@
 """Stage `pairs`: one pair a pool, by the experiment's rule; those of some prompts are held out."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ def run(context: StageContext) -> Artifact:
     pools = read_pools(context.path(pooled["path"]))
     random = settings.random_of(config.seed, seed, name, "pairs")
     pairs, counts = pairs_of(pools, experiment, random)
-    is_held_out = held_out_pairs(pairs, experiment.held_out, random)
+    is_held_out = held_out_pairs(pairs, experiment.held_out, random, group_of(config))
     entry: dict[str, Any] = {"counts": counts, "settings": {}}
     for split, members in zip(SPLITS, (~is_held_out, is_held_out)):
       path = context.directory / f"{name}_seed{seed}_{split}.jsonl"
@@ -39,25 +40,36 @@ def run(context: StageContext) -> Artifact:
   return artifact
 
 
+def group_of(config: Any) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+  """Returns what prompts share that are not to be parted: digits of toys, else all of the prompt."""
+  return (lambda tokens: tokens[families.DIGITS]) if settings.is_toy(config) else (lambda tokens: tokens)
+
+
 def pairs_of(
   pools: list[Pool], experiment: Any, random: np.random.Generator
 ) -> tuple[list[PreferencePair], dict[str, int]]:
   """Returns the pairs, how many pools gave none, and how many pairs have one setting on both sides.
 
   Such a pair is kept: Eq. 10 has no gradient on it where a setting is picked once a response, but Eq. 11 and
-  the likelihood of what was chosen have.
+  the likelihood of what was chosen have. Responses that could not be judged are passed over, and pools with
+  too few others are counted as `unjudged`.
   """
   pairs, counts = [], {"prompts": len(pools), "no_pair": 0, "same_setting": 0}
+  fewest = 2 * experiment.pair_top if experiment.pair_rule == "constraint" else 2
   for pool in pools:
+    judged = [sample for sample in pool.samples if sample.score is not None and "quality" in sample.details]
+    if len(judged) < fewest:
+      counts["unjudged"] = counts.get("unjudged", 0) + 1
+      continue
     scores = Scores(
-      np.asarray([sample.score for sample in pool.samples]),
-      np.asarray([sample.details["quality"] for sample in pool.samples]),
+      np.asarray([sample.score for sample in judged]),
+      np.asarray([sample.details["quality"] for sample in judged]),
     )
     found = make_pair(experiment.pair_rule, scores, random, experiment.pair_top)
     if found is None:
       counts["no_pair"] += 1
       continue
-    sides = [pool.samples[index] for index in found]
+    sides = [judged[index] for index in found]
     choices = [list(side.extras["choices"]) for side in sides]
     if experiment.level == "sequence" and choices[0][0] == choices[1][0]:
       counts["same_setting"] += 1
@@ -81,19 +93,25 @@ def pairs_of(
   return pairs, counts
 
 
-def held_out_pairs(pairs: list[PreferencePair], share: float, random: np.random.Generator) -> np.ndarray:
-  """Returns bool [P], the pairs whose prompt has digits that are held out, the same for all families.
+def held_out_pairs(
+  pairs: list[PreferencePair],
+  share: float,
+  random: np.random.Generator,
+  group: Callable[[tuple[int, ...]], tuple[int, ...]],
+) -> np.ndarray:
+  """Returns bool [P], the pairs whose prompts are held out.
 
   Args:
     pairs: P of them.
-    share: of the distinct digits, rounded; at least one is held out and one is not, if there are two.
+    share: of the distinct groups of prompts, rounded; at least one is held out and one is not, if there are two.
     random: decides which.
+    group: of a prompt's tokens; prompts of a group stay together.
   """
-  digits = [tuple(pair.prompt_tokens[families.DIGITS]) for pair in pairs]
-  distinct = sorted(set(digits))
+  groups = [group(pair.prompt_tokens) for pair in pairs]
+  distinct = sorted(set(groups))
   number = min(max(round(share * len(distinct)), 1), len(distinct) - 1)
   held_out = {distinct[index] for index in random.permutation(len(distinct))[: max(number, 0)]}
-  return np.asarray([each in held_out for each in digits], bool)
+  return np.asarray([each in held_out for each in groups], bool)
 
 
 class PairArrays(NamedTuple):
@@ -112,15 +130,24 @@ class PairArrays(NamedTuple):
   choices: np.ndarray
 
 
-def read_arrays(path: Any) -> PairArrays:
-  """Reads a file of pairs."""
+def read_arrays(path: Any, length: int | None = None) -> PairArrays:
+  """Reads a file of pairs.
+
+  Args:
+    path: JSON lines.
+    length: positions T; None: as many as the longest pair takes.
+  """
   pairs = list(read_pairs(path))
-  shape = (len(pairs), 2, families.LENGTH)
-  tokens, choices = np.full((*shape[:2], shape[2] + 1), families.END, np.int32), np.zeros(shape, np.int32)
+  wholes = [
+    [(*pair.prompt_tokens, *response) for response in (pair.chosen_tokens, pair.rejected_tokens)]
+    for pair in pairs
+  ]
+  longest = max(len(whole) for sides in wholes for whole in sides)
+  shape = (len(pairs), 2, longest - 1 if length is None else length)
+  tokens, choices = np.zeros((*shape[:2], shape[2] + 1), np.int32), np.zeros(shape, np.int32)
   weights = np.zeros(shape, np.float32)
-  for row, pair in enumerate(pairs):
-    for side, response in enumerate((pair.chosen_tokens, pair.rejected_tokens)):
-      whole = (*pair.prompt_tokens, *response)
+  for row, (pair, sides) in enumerate(zip(pairs, wholes)):
+    for side, whole in enumerate(sides):
       tokens[row, side, : len(whole)] = whole
       place = slice(len(pair.prompt_tokens) - 1, len(whole) - 1)
       weights[row, side, place] = 1

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from nr.evaluation import plots
-from nr.recipes.adaptive_decoding import report_text
+from nr.recipes.adaptive_decoding import report_text, settings
 from nr.recipes.stages import Artifact, StageContext, read_manifest, versions, write_json
 
 
@@ -21,14 +21,14 @@ def run(context: StageContext) -> Artifact:
 def gather(context: StageContext) -> dict[str, Any]:
   """Returns the content of report.json."""
   inputs, config = context.inputs, context.config
-  manifest = read_manifest(context.workdir)
-  return {
+  manifest, run = read_manifest(context.workdir), settings.experiments(config)
+  found = {
     "recipe": config.recipe,
     "variant": config.variant,
     "seeds": list(config.seeds),
-    "values": {name: list(experiment["values"]) for name, experiment in config.experiments.items()},
-    "levels": {name: experiment.level for name, experiment in config.experiments.items()},
-    "num_test_prompts": {name: each.num_test_prompts for name, each in config.experiments.items()},
+    "values": {name: list(experiment["values"]) for name, experiment in run.items()},
+    "levels": {name: experiment.level for name, experiment in run.items()},
+    "num_test_prompts": {name: each.num_test_prompts for name, each in run.items()},
     "variants": list(config.heads.variants),
     "language_model": inputs["language_model"],
     "pools": inputs["pools"],
@@ -42,6 +42,12 @@ def gather(context: StageContext) -> dict[str, Any]:
     },
     "seconds": {name: entry["seconds"] for name, entry in manifest.items() if name != "report"},
   }
+  if not settings.is_toy(config):
+    specs = settings.task_specs(config)
+    found["checkpoint"] = config.language_model.checkpoint
+    found["tasks"] = {name: specs[name].to_dict() for name in settings.tasks_run(config)}
+    found["left_out"] = settings.left_out(config)
+  return found
 
 
 def draw(context: StageContext, report: dict[str, Any]) -> list[str]:

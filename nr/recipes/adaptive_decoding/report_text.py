@@ -12,6 +12,7 @@ TITLES = {
   "mini": "Two tasks that the prompt tells apart",
   "hidden": "Counter-experiment: what decides is not in the prompt",
   "sentences": "A temperature for every token",
+  "votes": "Majority votes on sums",
 }
 NOTES = {
   "mini": "Easy by construction: the first word of the prompt says which task it is, and with it which "
@@ -21,6 +22,8 @@ NOTES = {
   "sentences": "First words of sentences must be the marker, all others should differ. Position 0, 4, 8, ... "
   "are first words.",
 }
+TOTALS = ("prompts", "no_pair", "same_setting", "train", "held_out")
+"""Counts of pools and pairs."""
 
 
 def render(report: dict[str, Any]) -> str:
@@ -34,22 +37,52 @@ def render(report: dict[str, Any]) -> str:
 
 def scope(report: dict[str, Any]) -> str:
   """Says what the numbers are worth."""
-  count = len(report["seeds"])
-  seeds = (
-    "one seed, so **intervals cover the choice of prompts alone and one small run decides nothing**"
-    if count == 1
-    else f"{count} seeds, each with a language model of its own; intervals cover prompts and seeds"
+  shared = (
+    "Winrates are the head's share of points in percent (ties 0.5), averaged over the tasks, with 95 % bootstrap "
+    "intervals. The baselines' settings were not tuned. `best_single` is the fixed setting that the training pairs "
+    "prefer; `oracle` is, for every task, the fixed setting that wins most on the test prompts themselves."
   )
+  return checkpoint_scope(report, shared) if "checkpoint" in report else toy_scope(report, shared)
+
+
+def seeds_text(report: dict[str, Any], of_several: str) -> str:
+  """Says how many seeds there are, and what intervals cover."""
+  count = len(report["seeds"])
+  if count == 1:
+    return "one seed, so **intervals cover the choice of prompts alone and one small run decides nothing**"
+  return f"{count} seeds, {of_several}; intervals cover prompts and seeds"
+
+
+def toy_scope(report: dict[str, Any], shared: str) -> str:
+  """Says what the numbers of toys are worth."""
+  seeds = seeds_text(report, "each with a language model of its own")
   return (
-    f"Toys on a tiny language model, {seeds}. Winrates are the head's share of points in percent (ties 0.5), "
-    "averaged over the tasks, with 95 % bootstrap intervals. The baselines' settings were not tuned. "
-    "`best_single` is the fixed setting that the training pairs prefer; `oracle` is, for every task, the fixed "
-    "setting that wins most on the test prompts themselves.\n\n"
+    f"Toys on a tiny language model, {seeds}. {shared}\n\n"
     f"A task has 100 prompts. The test prompts are drawn with repeats from {TEST_PAIRS} of them, which no head was "
     "trained on, always the same; the intervals take the draws as independent and do not cover which prompts were "
     "set aside. The frozen language model has learned on all 100. Held-out pairs are of prompts that the head was "
     "not trained on either. Plots show the first seed."
   )
+
+
+def checkpoint_scope(report: dict[str, Any], shared: str) -> str:
+  """Says what the numbers of a checkpoint are worth, what scored them, and what was left out."""
+  seeds = seeds_text(report, "which differ in prompts, samples and heads, not in the language model")
+  rows = []
+  for name, task in report["tasks"].items():
+    quality = task["quality"]["kind"] or "the same"
+    rows.append(
+      [name, task["train"] or task["source"], task["judge"]["kind"], quality, task["max_new_tokens"]]
+    )
+  parts = [
+    f"Language model `{report['checkpoint']}`, frozen; {seeds}. {shared} Test prompts are not among the training "
+    "prompts. Plots show the first seed.",
+    table(["task", "prompts", "judge", "quality, where the judge ties", "most tokens"], rows),
+  ]
+  parts += [
+    f"Left out: `{name}`, which needs {', '.join(fields)}." for name, fields in report["left_out"].items()
+  ]
+  return "\n\n".join(parts)
 
 
 def experiment(report: dict[str, Any], name: str) -> list[str]:
@@ -60,14 +93,68 @@ def experiment(report: dict[str, Any], name: str) -> list[str]:
   return [
     "Winrate in percent of each head against:",
     winrate_table(report, name),
+    component_table(report, name),
+    vote_table(report, name),
     "Mean reward on test prompts, over seeds:",
     reward_table(report, name),
     "What the heads pick, and how well they rank held-out pairs (mean over seeds):",
     head_table(report, name),
     position_table(report, name) if report["levels"][name] == "token" else "",
+    sentence_table(report, name) if report["levels"][name] == "token" else "",
     pairs_text(report, name),
     "\n\n".join(plots),
   ]
+
+
+def component_table(report: dict[str, Any], name: str) -> str:
+  """Returns winrates by reward alone, by quality alone, and their mean, where they are two numbers.
+
+  The table above lets the quality decide where rewards tie; the two are different metrics.
+  """
+  rates = report["evaluation"][name].get("winrates_by_score")
+  if rates is None:
+    return ""
+  arms, rows = [arm for arm in rates["reward"] if arm == head_of(arm)], []
+  for other in rates["reward"][arms[0]]:
+    row: list[Any] = [other]
+    for arm in arms:
+      both = [100 * rates[component][arm][other]["estimate"] for component in ("reward", "quality")]
+      row += [*map(number, both), number(sum(both) / 2)]
+    rows.append(row)
+  header = [f"{arm}, by {kind}" for arm in arms for kind in ("reward", "quality", "their mean")]
+  return "By reward alone and by quality alone:\n\n" + table(["against", *header], rows)
+
+
+def number(value: float) -> str:
+  """Returns percent with one digit."""
+  return f"{value:.1f}"
+
+
+def vote_table(report: dict[str, Any], name: str) -> str:
+  """Returns accuracies of votes and of single samples, and heads against the best fixed settings of training."""
+  votes = report["evaluation"][name].get("votes")
+  if votes is None:
+    return ""
+  rows = []
+  for arm, found in votes["arms"].items():
+    against = votes["against_tuned"].get(arm)
+    cells = [percent(against[kind]) if against else "" for kind in ("vote", "one")]
+    rows.append([arm, percent(found["vote"]), percent(found["one"]), *cells])
+  tuned = "; ".join(
+    f"seed {seed}: {best['vote']} for votes, {best['one']} for one sample"
+    for seed, best in votes["tuned"].items()
+  )
+  header = ["arm", "vote", "one sample", "vote against the best fixed", "one sample against the best fixed"]
+  return (
+    f"Right answers in percent, by the most frequent of {votes['count']} answers and by one. The best fixed setting "
+    f"on training prompts is, of {tuned}. Winrates over it (ties 0.5) are 50 plus half the difference of "
+    "accuracies:\n\n" + table(header, rows)
+  )
+
+
+def percent(found: dict[str, float]) -> str:
+  """Returns a share in percent with its interval."""
+  return f"{100 * found['estimate']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
 
 def winrate_table(report: dict[str, Any], name: str) -> str:
@@ -75,10 +162,7 @@ def winrate_table(report: dict[str, Any], name: str) -> str:
   rates = report["evaluation"][name]["winrates"]
   arms = list(rates)
 
-  def cell(found: dict[str, float]) -> str:
-    return f"{100 * found['estimate']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
-
-  rows = [[other, *(cell(rates[arm][other]) for arm in arms)] for other in rates[arms[0]]]
+  rows = [[other, *(percent(rates[arm][other]) for arm in arms)] for other in rates[arms[0]]]
   return table(["against", *arms], rows)
 
 
@@ -147,10 +231,27 @@ def position_table(report: dict[str, Any], name: str) -> str:
   return "Mean setting by place in the sentence, stories:\n\n" + table(header, rows)
 
 
+def sentence_table(report: dict[str, Any], name: str) -> str:
+  """Returns the mean setting at first tokens of sentences and elsewhere, of a checkpoint's tasks (figure 5)."""
+  picks, rows = report["evaluation"][name]["picks"], []
+  for arm, tasks in picks[str(report["seeds"][0])].items():
+    for task, found in tasks.items():
+      if "mean_at_first" not in found:
+        return ""
+      row: list[Any] = [arm, task]
+      for field in ("mean_at_first", "mean_elsewhere"):
+        of_seeds = [picks[str(seed)][arm][task][field] for seed in report["seeds"]]
+        known = [value for value in of_seeds if value is not None]
+        row.append(float(np.mean(known)) if known else "none")
+      rows.append(row)
+  header = ["head", "task", "first token of a sentence", "other tokens"]
+  return "Mean setting by place in the sentence:\n\n" + table(header, rows)
+
+
 def pairs_text(report: dict[str, Any], name: str) -> str:
   """Says how many pairs there were, and how often each setting was chosen and rejected."""
   made = [report["pairs"][f"{name}/{seed}"] for seed in report["seeds"]]
-  total = {key: sum(entry["counts"][key] for entry in made) for key in made[0]["counts"]}
+  total = {key: sum(entry["counts"][key] for entry in made) for key in TOTALS}
   same, rows = "", []
   if report["levels"][name] == "sequence":
     same = (
@@ -163,6 +264,9 @@ def pairs_text(report: dict[str, Any], name: str) -> str:
     rows.append(
       [value, float(chosen), float(rejected), float(chosen / rejected) if rejected else "none rejected"]
     )
+  unjudged = sum(entry["counts"].get("unjudged", 0) for entry in made)
+  if unjudged:
+    same += f" {unjudged} had too few responses that could be judged."
   return (
     f"Of {total['prompts']} pools {total['train'] + total['held_out']} gave a pair; {total['no_pair']} had only "
     f"ties.{same} How often each setting was chosen and rejected in the training pairs:\n\n"

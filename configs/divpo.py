@@ -8,6 +8,8 @@ Variants:
   groups      tiny with GRPO in place of pairs: with the score as reward, and with score times diversity (DARLING)
   miniature   every stage in seconds, for tests; its numbers mean nothing
   smollm      first names by a checkpoint that you name (SmolLM2-135M-Instruct was meant), with an adapter
+  smollm_smoke   smollm with a few steps: every stage in minutes on two cores; its numbers mean nothing
+  llama       the paper's task with an adapter on a model of 8B parameters, on one host with several accelerators
   paper       what is known of the paper's setting on a checkpoint that you name; unknown values are marked
 """
 
@@ -23,7 +25,7 @@ SUBJECTS = (
   "a dragon", "a lawyer", "a fisherman", "a princess", "a carpenter", "a detective", "a robot", "a miner", "a hunter",
   "a librarian", "an astronaut", "a clown", "a monk", "a tailor", "a violinist", "a shepherd",
 )  # fmt: skip
-VARIANTS = ("tiny", "seeds", "groups", "miniature", "smollm", "paper")
+VARIANTS = ("tiny", "seeds", "groups", "miniature", "smollm", "smollm_smoke", "llama", "paper")
 
 
 def get_config(variant: str = "tiny") -> ConfigDict:
@@ -48,6 +50,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
     }
   )
   config.adapter = ConfigDict({"rank": 0, "alpha": 32.0})  # rank 0: all of the model is trained
+  config.compute = ConfigDict({"loss_chunk": 0})  # tokens whose logits are held at a time; 0: all
   config.arms = _arms()
   config.train = training_section(
     steps=150,
@@ -67,10 +70,14 @@ def get_config(variant: str = "tiny") -> ConfigDict:
       config.arms = _group_arms()
   if variant == "miniature":
     _make_miniature(config)
-  if variant in ("smollm", "paper"):
+  if variant in ("smollm", "smollm_smoke", "llama", "paper"):
     _make_real(config)
-  if variant == "paper":
+  if variant in ("llama", "paper"):
     _make_paper(config)
+  if variant == "llama":
+    _make_llama(config)
+  if variant == "smollm_smoke":
+    _make_smoke(config)
   return config
 
 
@@ -82,10 +89,13 @@ def _task() -> ConfigDict:
       "world": {"num_values": 40, "exponent": 1.3, "malformed": 0.12},
       "json": {},  # instruction and attributes, where they are to be others than the recipe's
       "answers": {
-        "template": "Give one first name for {subject}. Answer with the name only.",
+        "template": "A first name for {subject}?",
         "subjects": SUBJECTS[:20],
         "held_out_subjects": SUBJECTS[20:],
         "pattern": "[A-Z][a-z]{1,11}[.]?",
+        # (subject, answer) shown as earlier turns: without them SmolLM2-135M-Instruct writes sentences, and at
+        # temperature 1 about one answer in ten is a name. Long tasks in words ("answer with the name only") help less.
+        "examples": (("a king", "Edmund"), ("a thief", "Sable")),
       },
     }
   )
@@ -96,7 +106,9 @@ def _base() -> ConfigDict:
   return ConfigDict(
     {
       "checkpoint": "",  # a folder or file that nr.generators.checkpoints opens; "": pre-trained on personas
-      "dtype": "float32",
+      "chat_template": "own",  # of a checkpoint: "own", or a built-in name (nr.chat_templates)
+      "dtype": "float32",  # of a checkpoint: type of its weights and of computing; training's own stay float32
+      "remat": "none",  # of a checkpoint: none | dots | full, what the backward pass computes again
       "examples": 20_000,
       "max_length": 8,
       "model": model_section(),
@@ -175,7 +187,11 @@ def _make_real(config: ConfigDict) -> None:
   with config.unlocked():
     config.task.kind = "answers"
     config.base.checkpoint = "CHECKPOINT"
-    config.sampling.update(dict(num_samples=8, max_new_tokens=8, max_length=64, batch_size=64))
+    # Ours: at temperature 1 a model of this size mostly writes noise, which is diverse.
+    config.sampling.update(
+      dict(num_samples=8, max_new_tokens=8, max_length=88, batch_size=64, chain="temperature(0.6)")
+    )
+    config.evaluate.chain = config.sampling.chain
     config.adapter.update(dict(rank=16, alpha=32.0))
     config.arms = ConfigDict(
       {
@@ -185,11 +201,12 @@ def _make_real(config: ConfigDict) -> None:
     )
     config.train = training_section(
       steps=60,
-      batch_size=8,
+      batch_size=4,
       optimizer__learning_rate=3e-4,
       schedule__name="constant",
       clip=1.0,
       log_every=5,
+      checkpoint__every=20,
     )
     config.evaluate.update(dict(samples=32))
 
@@ -203,9 +220,12 @@ def _make_paper(config: ConfigDict) -> None:
   """
   with config.unlocked():
     config.task.kind = "json"
-    config.sampling.update(dict(num_samples=16, max_new_tokens=64, max_length=192))
+    config.sampling.update(dict(num_samples=16, max_new_tokens=64, max_length=192, chain=""))
+    config.evaluate.chain = ""
     config.adapter.rank = 0
-    config.base.dtype = "bfloat16"
+    # Weights split over the devices of one host (train.mesh below), little kept for the backward pass.
+    config.base.update(dict(dtype="bfloat16", remat="full"))
+    config.compute.loss_chunk = 8192
     config.arms = ConfigDict(
       {
         "dpo_online": _arm("dpo", is_online=True),
@@ -225,6 +245,26 @@ def _make_paper(config: ConfigDict) -> None:
       mesh__data=1,
     )
     config.evaluate.update(dict(samples=1000))
+
+
+def _make_llama(config: ConfigDict) -> None:
+  """Changes the paper's config to an adapter and its online arms. Sizes are ours."""
+  with config.unlocked():
+    config.adapter.update(dict(rank=64, alpha=64.0))
+    for arm in ("frequency_online", "dpo_offline", "divpo_offline"):
+      config.arms[arm].select.method = ""
+    config.train.update(dict(steps=300))
+    config.train.optimizer.learning_rate = 5e-5
+    config.train.schedule.warmup_steps = 10
+
+
+def _make_smoke(config: ConfigDict) -> None:
+  """Changes the config to a few steps: every stage of a checkpoint's run in minutes on two cores."""
+  with config.unlocked():
+    config.task.answers.held_out_subjects = config.task.answers.held_out_subjects[:4]
+    config.train.update(dict(steps=2, batch_size=2, log_every=1))
+    config.sampling.num_samples = 4
+    config.evaluate.update(dict(samples=4, pool_size=4))
 
 
 def _make_miniature(config: ConfigDict) -> None:

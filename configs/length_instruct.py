@@ -7,7 +7,15 @@ Variants:
   seeds       tiny with five seeds and bootstrap intervals over them
   miniature   every stage in seconds, for tests; its numbers mean nothing
   benchmark   a checkpoint that you name, measured as it is on benchmark files that you name
-  paper       the paper's data sizes on a checkpoint and files that you name; what the paper leaves open is ours
+  smollm      an adapter on a small chat model that you name (SmolLM2-135M-Instruct was meant), on pairs that it
+              makes itself from a file of instructions with answers; measured on prompts that strong models have
+              answered. Two cores
+  smollm_smoke   smollm with a few prompts and steps: every stage in minutes; its numbers mean nothing
+  llama       the same for a model of 8B parameters on one host with several accelerators
+  paper       the paper's data sizes, on a checkpoint and pairs that you name; what the paper leaves open is ours
+
+  python -m nr.main --config=configs/length_instruct.py:smollm --workdir=runs/lift \\
+    --config.base.checkpoint=MODEL.gguf --config.pools.instructions=TRAIN.jsonl --config.evaluate.answered=TEST.jsonl
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +25,7 @@ from nr.recipes.length_instruct.augmentation import TEMPLATE
 from nr.recipes.sections import model_section
 from nr.training.defaults import training_section
 
-VARIANTS = ("tiny", "seeds", "miniature", "benchmark", "paper")
+VARIANTS = ("tiny", "seeds", "miniature", "benchmark", "smollm", "smollm_smoke", "llama", "paper")
 
 
 def get_config(variant: str = "tiny") -> ConfigDict:
@@ -42,6 +50,9 @@ def get_config(variant: str = "tiny") -> ConfigDict:
       "max_length": 20,  # tokens of a prompt with its response; longer examples are left out
     }
   )
+  config.pools = _pools()
+  config.adapter = ConfigDict({"rank": 0, "alpha": 32.0})  # rank 0: all of the model is trained
+  config.compute = ConfigDict({"loss_chunk": 0})  # tokens whose logits are held at a time; 0: all
   config.arms = _arms()
   config.train = training_section(
     # Few pairs have small limits: with fewer steps or a smaller rate they are not learnt, and what
@@ -60,12 +71,20 @@ def get_config(variant: str = "tiny") -> ConfigDict:
     config.seeds = (0, 1, 2, 3, 4)
   if variant == "miniature":
     _make_miniature(config)
-  if variant in ("benchmark", "paper"):
+  if variant in ("benchmark", "smollm", "smollm_smoke", "llama", "paper"):
     _make_paper(config)
   if variant == "benchmark":
     for arm in config.arms:
       config.arms[arm].mix = ""
     config.data.chat_template = "own"
+  if variant in ("smollm", "smollm_smoke", "llama"):
+    _make_sampled(config)
+  if variant == "llama":
+    _make_llama(config)
+  if variant in ("llama", "paper"):
+    _make_large(config)
+  if variant == "smollm_smoke":
+    _make_smoke(config)
   return config
 
 
@@ -99,11 +118,50 @@ def _world() -> ConfigDict:
   )
 
 
+def _pools() -> ConfigDict:
+  """Returns how a checkpoint makes its own pairs."""
+  return ConfigDict(
+    {
+      "instructions": "",  # .jsonl (.gz too), .json or .parquet; "": none, pairs are given (data.pairs)
+      "fields": {  # paths in a record of it, such as "instances.0.output"
+        "instruction": "instruction",
+        "input": "input",  # put behind the instruction, a blank line between
+        "reference": "output",  # an answer
+        "id": "id",
+      },
+      "most_prompts": 0,  # 0: all
+      "num_samples": 4,  # responses of each
+      "max_new_tokens": 512,  # a response that reaches them is left out
+      "chain": "",  # transforms of the logits while sampling; "": the model's own law
+      "pairs_per_prompt": 2,  # most pairs of a reference with responses; other judges give one a prompt
+      "judge": {
+        "kind": "reference",  # reference | words | reward_model | language_model: what decides (sampled_pairs.py)
+        "path": "",  # folder of a reward model
+        "chat_template": "own",  # of the reward model: "own", a built-in name, or "" for plain text
+        **_server(),
+      },
+    }
+  )
+
+
+def _server(max_new_tokens: int = 1024) -> dict:
+  """Returns the fields of a judge behind a server with OpenAI's interface."""
+  return {
+    "url": "",  # "": no such judge
+    "model": "",
+    "api_key_variable": "",
+    "max_new_tokens": max_new_tokens,
+    "max_tokens_field": "max_tokens",  # OpenAI's newer models want "max_completion_tokens"
+  }
+
+
 def _base() -> ConfigDict:
   """Returns the model that arms begin from."""
   return ConfigDict(
     {
       "checkpoint": "",  # a folder or file that nr.generators.checkpoints opens; "": trained in the toy world
+      "dtype": "float32",  # of a checkpoint: type of its weights and of computing; training's own stay float32
+      "remat": "none",  # of a checkpoint: none | dots | full, what the backward pass computes again
       "responses": "",  # JSON lines {id, prompt, response} to fine-tune a checkpoint on first; "": none
       "examples": 16_000,  # of the toy world
       "model": model_section(),
@@ -147,10 +205,20 @@ def _evaluate() -> ConfigDict:
   """Returns what is measured."""
   return ConfigDict(
     {
-      "limits": (3, 4, 5, 6, 7, 8, 9, 10, 11),
+      "limits": (
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+        11,
+      ),  # of every topic; of a checkpoint, of every prompt beside its own
       "scales": (0.75, 0.5, 0.25),
       "answers_per_limit": 8,  # of each topic
-      "answers_without_limit": 64,
+      "answers_without_limit": 64,  # of each topic or prompt
       "cases_per_topic": 32,  # of the benchmark
       # Of a given checkpoint:
       "alpaca_eval_li": "",  # length_instructed_alpaca_baseline.json
@@ -160,13 +228,7 @@ def _evaluate() -> ConfigDict:
       "most_cases": 0,  # of each benchmark; 0: all
       "max_new_tokens": 2048,
       "chain": "temperature(0.7)|top_p(0.9)",  # ours, in every variant
-      "judge": {
-        "url": "",  # "": no judge
-        "model": "",
-        "api_key_variable": "",
-        "max_new_tokens": 1024,
-        "max_tokens_field": "max_tokens",  # OpenAI's newer models want "max_completion_tokens"
-      },
+      "judge": _server(),  # compares answers with baselines
     }
   )
 
@@ -218,4 +280,56 @@ def _make_paper(config: ConfigDict) -> None:
   for arm in config.arms:
     config.arms[arm].loss.nll_weight = 0.0
   config.data.rows_per_call = 32
-  config.evaluate.update(scales=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1))
+  config.base.checkpoint = "CHECKPOINT"  # yours
+  config.evaluate.update(
+    limits=(), answers_without_limit=0, scales=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+  )
+
+
+def _make_sampled(config: ConfigDict) -> None:
+  """A small chat model on pairs of its own. Sizes, and all of training, are ours: for two cores.
+
+  The arms see as many pairs: those that have more go through them less often.
+  """
+  config.data.update(chat_template="own", max_length=384)
+  config.adapter.rank = 16
+  config.pools.update(instructions="INSTRUCTIONS", max_new_tokens=160, num_samples=4)
+  for arm in config.arms:
+    config.arms[arm].train = ConfigDict({})
+    config.arms[arm].mix = "" if arm.startswith("r_dpo") else config.arms[arm].mix
+  config.train.update(steps=60, batch_size=8, log_every=5)
+  config.train.optimizer.learning_rate = 2e-4
+  config.train.schedule.warmup_steps = 6
+  config.train.checkpoint.every = 10
+  config.evaluate.update(
+    limits=(10, 20, 40, 80), answers_without_limit=1, scales=(), most_cases=32, max_new_tokens=160
+  )
+
+
+def _make_smoke(config: ConfigDict) -> None:
+  """Every stage of a checkpoint's run in minutes on two cores."""
+  config.pools.update(most_prompts=8, num_samples=2, max_new_tokens=48)
+  config.data.max_length = 192
+  config.train.update(steps=2, batch_size=2, log_every=1)
+  config.train.schedule.warmup_steps = 1
+  config.evaluate.update(limits=(20,), most_cases=4, max_new_tokens=48)
+
+
+def _make_llama(config: ConfigDict) -> None:
+  """8B parameters: longer responses, more of them, an adapter of a higher rank. Sizes are ours."""
+  config.adapter.update(rank=64, alpha=64.0)
+  config.data.update(max_length=2048, rows_per_call=128)
+  config.pools.update(max_new_tokens=1024)
+  config.train.update(steps=279, batch_size=64)  # as in the variant paper, which has 8,931 pairs
+  config.train.optimizer.learning_rate = 2e-5
+  config.train.schedule.warmup_steps = 28
+  config.train.checkpoint.every = 50
+  config.evaluate.update(limits=(20, 50, 100, 200), most_cases=0, max_new_tokens=2048)
+
+
+def _make_large(config: ConfigDict) -> None:
+  """What several accelerators of one host need: weights split over them, little kept for the backward pass."""
+  config.base.update(dtype="bfloat16", remat="full")
+  config.compute.loss_chunk = 8192
+  for section in (config.train, config.base.train):
+    section.mesh.update(data=1, fsdp=-1)

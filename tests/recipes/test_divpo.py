@@ -171,9 +171,19 @@ def test_short_answers_are_read_by_their_pattern():
     (dict(subjects=("b",)), "'b' is in subjects and in held_out_subjects"),
     (dict(pattern="["), "pattern"),
     (dict(subjects=()), "give subjects"),
+    (dict(examples=(("b", "Ada"),)), "'b' is in held_out_subjects and in examples"),
+    (dict(examples=(("c", "ada smith"),)), "'ada smith' is not of the form"),
   ):
     with pytest.raises(ValueError, match=message):
       answers(**changes)
+
+
+def test_examples_are_earlier_turns():
+  task = answers(examples=(("c", "Ada"), ("d", "Bo.")))
+  (asked,) = task.held_out()
+  assert [each["role"] for each in asked.prompt] == ["user", "assistant"] * 2 + ["user"]
+  assert [each["content"] for each in asked.prompt] == ["Name c.", "Ada", "Name d.", "Bo.", "Name b."]
+  assert task.prompts()[0].prompt[:-1] == asked.prompt[:-1]
 
 
 def test_a_checkpoint_that_is_not_there_is_named():

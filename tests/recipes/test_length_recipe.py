@@ -9,10 +9,15 @@ import pytest
 
 from configs import length_instruct as configs
 from nr import main
+from nr.data.pools import Pool, PoolSample, read_pools
+from nr.data.preferences import read_pairs
 from nr.evaluation.reports import interval_cell
 from nr.recipes import length_instruct
-from nr.recipes.length_instruct import report, settings
+from nr.recipes.length_instruct import report, sampled_pairs, settings
+from nr.recipes.length_instruct.benchmarks import Outcome, by_case, intervals
 from nr.recipes.length_instruct.toy import World
+from nr.recipes.stages import StageError
+from nr.training.model_files import load_model
 
 
 def config_of(variant="tiny", **changes):
@@ -41,7 +46,7 @@ def test_the_paper_s_variant_asks_for_what_it_needs(tmp_path):
   path = tmp_path / "file"
   path.write_text("")
   config.base.checkpoint = str(path)
-  with pytest.raises(ValueError, match="data.pairs"):
+  with pytest.raises(ValueError, match="data.pairs.*pools.instructions"):
     length_instruct.validate(config)
   config.data.pairs = str(path)
   with pytest.raises(ValueError, match="evaluate.alpaca_eval_li"):
@@ -79,6 +84,80 @@ def test_what_is_asked_of_files_and_judges_is_checked_first(tmp_path, monkeypatc
     evaluate__judge__api_key_variable="NO_SUCH_KEY",
   )
   length_instruct.validate(config_of("benchmark", **{**good, **without}))
+
+
+@pytest.mark.parametrize("variant", ["smollm", "smollm_smoke", "llama"])
+def test_checkpoints_that_make_their_own_pairs_are_checked_first(variant, tmp_path):
+  path = tmp_path / "file"
+  path.write_text("")
+  good = dict(base__checkpoint=str(path), pools__instructions=str(path), evaluate__answered=str(path),
+              train__batch_size=8, arms__r_dpo_small__mix="")  # fmt: skip
+  config = config_of(variant, **good)
+  length_instruct.validate(config)
+  assert settings.arm_names(config) == ["dpo", "lift_augmented_only", "lift"]
+  # The arms differ in their pairs alone.
+  assert len({str(settings.train_section(config, arm)) for arm in settings.arm_names(config)}) == 1
+  if variant == "llama":
+    mesh = settings.mesh_of(config)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1}
+    assert (config.base.dtype, config.base.remat) == ("bfloat16", "full")
+  for changes, named in (
+    (dict(base__checkpoint="CHECKPOINT"), "base.checkpoint='CHECKPOINT': no such file"),
+    (dict(pools__instructions="INSTRUCTIONS"), "pools.instructions='INSTRUCTIONS': no such file"),
+    (dict(data__pairs=str(path)), "data.pairs=.* and pools.instructions=.*leave one of the two empty"),
+    (dict(pools__judge__kind="wrods"), "pools.judge.kind='wrods' is unknown: did you mean 'words'"),
+    (
+      dict(pools__judge__kind="reward_model"),
+      "pools.judge.path='': pools.judge.kind='reward_model' needs it",
+    ),
+    (dict(pools__judge__kind="language_model"), "pools.judge.url=''"),
+    (dict(pools__fields__reference=""), "pools.fields.reference=''"),
+    (dict(pools__judge__kind="words", pools__num_samples=1), "pools.num_samples=1: give at least 2"),
+    (dict(pools__max_new_tokens=4000), "pools.max_new_tokens=4000: data.max_length="),
+    (dict(pools__chain="temprature(1)"), "pools.chain: .*did you mean 'temperature'"),
+    (dict(base__dtype="float8"), "base.dtype='float8'"),
+    (dict(base__remat="some"), "base.remat='some'"),
+    (dict(adapter__rank=-1), "LoraSpec.rank=-1"),
+  ):
+    with pytest.raises(ValueError, match=named):
+      length_instruct.validate(config_of(variant, **{**good, **changes}))
+
+
+def drawn(index, text, score=None, finish_reason="stop_id"):
+  return PoolSample(index, text, score=score, finish_reason=finish_reason)
+
+
+def test_pairs_of_pools_are_of_responses_that_ended():
+  samples = (
+    drawn(0, "b c", 2.0, "length"), drawn(1, "a", 1.0), drawn(2, "b", 3.0), drawn(3, " ", 9.0),
+    drawn(4, "c", 3.0), drawn(5, "d", None), drawn(6, "e", 1.0), drawn(7, None, None, "error"),
+  )  # fmt: skip
+  pool, counts = Pool("p", "ask", samples, reference="c"), sampled_pairs.Counts()
+  pairs = sampled_pairs.against_reference(pool, 3, counts)
+  assert [(each.id, each.chosen, each.rejected) for each in pairs] == [
+    ("p/1", "c", "a"), ("p/2", "c", "b"), ("p/5", "c", "d"),
+  ]  # fmt: skip
+  assert counts == {"samples": 8, "unfinished": 3}
+  # Of equals the first.
+  (pair,) = sampled_pairs.best_and_worst(pool, counts)
+  assert (pair.id, pair.chosen, pair.rejected) == ("p", "b", "a")
+  assert pair.provenance["scores"] == {"chosen": 3.0, "rejected": 1.0} and counts["unscored"] == 1
+  tied = Pool("t", "ask", (drawn(0, "a", 1.0), drawn(1, "b", 1.0)))
+  assert sampled_pairs.best_and_worst(tied, counts) == [] and counts["ties"] == 1
+  assert sampled_pairs.best_and_worst(Pool("s", "ask", samples[:2]), counts) == []
+
+
+def test_intervals_are_over_the_cases_that_were_answered():
+  outcomes = [Outcome(10, True, 0.0), Outcome(4, False, None), Outcome(None, None, None, "failed")] * 50
+  found = intervals(outcomes)
+  # A share of one half over 100 cases: a standard error of 0.05.
+  low, high = found["violation_ci95"]
+  assert low == pytest.approx(0.4, abs=0.03) and high == pytest.approx(0.6, abs=0.03)
+  assert found["words_ci95"] == [pytest.approx(4 + 6 * low), pytest.approx(4 + 6 * high)]
+  assert by_case(outcomes[:3]) == {
+    "violation": [1.0, 0.0, None], "words": [10.0, 4.0, None], "win": [0.0, None, None],
+  }  # fmt: skip
+  assert intervals(outcomes[2:3]) == {"violation_ci95": None, "words_ci95": None}
 
 
 @pytest.mark.parametrize(
@@ -259,8 +338,11 @@ def test_a_given_checkpoint_on_files(finished, tmp_path):
     data__pairs=str(workdir / artifacts["pairs"]["files"]["0"]["path"]),
     evaluate__alpaca_eval_li=str(tmp_path / "alpaca.json"),
     evaluate__max_new_tokens=6,
+    evaluate__limits=(),
+    evaluate__answers_without_limit=0,
     arms__r_dpo_large__mix="",
     arms__dpo__mix="",
+    train__mesh__data=1,
   )
   length_instruct.validate(config)
   main.run(config, tmp_path / "run")
@@ -290,11 +372,80 @@ def test_a_checkpoint_is_measured_as_it_is(finished, tmp_path):
     evaluate__scales=(),
     lift__template=config_of().lift.template,
     lift__counter="spaces",
+    train__mesh__data=1,
+    train__mesh__fsdp=1,
   )
   main.run(config, tmp_path / "run")
   content = json.loads((tmp_path / "run/report.json").read_text())
   assert list(content["runs"]) == ["sft_seed0"] and content["runs"]["sft_seed0"]["answered"]["count"] == 3
   assert "## answered" in (tmp_path / "run/report.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_makes_its_own_pairs_and_trains_an_adapter(finished, tmp_path):
+  """Two of the eight simulated devices share the model, as several accelerators would."""
+  workdir, artifacts = finished
+  checkpoint = workdir / artifacts["base"]["models"]["0"]["model"]
+  tasks = [
+    {"id": f"q{n}", "instruction": f"topic_{n % 3} :", "more": {"answer": "w1 w2 w3 w4"}} for n in range(16)
+  ]
+  (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
+  cases = [{"id": f"{n}", "instruction": f"topic_{n} :", "responses": ["w1 w2", "w3 w4 w5"]} for n in (1, 2)]
+  cases.append({"id": "new", "instruction": ": topic_1 :", "responses": ["w1"]})
+  (tmp_path / "answered.jsonl").write_text("\n".join(map(json.dumps, cases)))
+  config = config_of(
+    "smollm_smoke", base__checkpoint=str(checkpoint), lift__template=config_of().lift.template,
+    lift__counter="spaces", lift__margin=2, lift__min_difference=1,
+    data__chat_template="", data__max_length=13, pools__instructions=str(tmp_path / "tasks.jsonl"),
+    pools__fields__input="", pools__fields__reference="more.answer", pools__most_prompts=0,
+    pools__max_new_tokens=7, evaluate__answered=str(tmp_path / "answered.jsonl"), evaluate__limits=(2, 4),
+    evaluate__max_new_tokens=8, adapter__rank=2, train__mesh__data=1, train__mesh__fsdp=2, train__progress=False,
+    train__optimizer__learning_rate=0.1, arms__lift_augmented_only__mix="",
+  )  # fmt: skip
+  run = tmp_path / "run"
+  artifacts = main.run(config, run)
+
+  pools = read_pools(run / "pairs" / "pools_seed0.jsonl")
+  ended = [each for pool in pools for each in pool.samples if each.finish_reason == "stop_id" and each.text]
+  sampling = artifacts["pairs"]["files"]["0"]["sampling"]
+  assert len(pools) == sampling["prompts"] == 16 and sampling["samples"] == 32
+  assert sampling["unfinished"] == 32 - len(ended)
+  pairs = read_pairs(run / artifacts["pairs"]["files"]["0"]["path"])
+  assert {each.chosen for each in pairs} == {"w1 w2 w3 w4"}
+  assert sorted(each.rejected for each in pairs) == sorted(e.text for e in ended if e.text != "w1 w2 w3 w4")
+  assert len(pairs) > 8
+
+  base, trained = load_model(checkpoint), load_model(run / artifacts["arms"]["runs"]["lift_seed0"]["model"])
+  assert trained.spec == base.spec
+  moved = {
+    name: bool(np.any(np.asarray(before) != np.asarray(after)))
+    for (name, before), after in zip(leaves(base.params), leaves(trained.params, names=False), strict=True)
+  }
+  assert {name for name, is_moved in moved.items() if is_moved} == {n for n in moved if "kernel" in n}
+
+  content = json.loads((run / "report.json").read_text())
+  assert content["arms"] == ["sft", "dpo", "lift"]
+  found = content["runs"]["lift_seed0"]["answered"]
+  assert found["count"] == 3 and found["seen"] == 2 and list(found["by_limit"]) == ["2", "4"]
+  assert found["unlimited"]["count"] == 3 and len(found["by_case"]["violation"]) == 3
+  assert set(content["differences"]["answered"]) == {"dpo minus sft", "lift minus sft", "lift minus dpo"}
+  text = (run / "report.md").read_text()
+  assert "2 of these prompts are among the pairs" in text and "words without limit" in text
+  assert "sampled here: " in text and "lift minus dpo" in text
+  answers = [json.loads(line) for line in (run / "evaluate/lift_seed0/answered/limit4.jsonl").open()]
+  assert [each["limit"] for each in answers] == [4, 4, 4] and answers[0]["prompt"].startswith("limit_4 ")
+
+  assert main.run(config, run) == artifacts
+  (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks[:-1])))
+  with pytest.raises(StageError, match="'pairs'.*content of pools.instructions"):
+    main.run(config, run)
+
+
+def leaves(tree, prefix="", names=True):
+  """The leaves of nested dictionaries in the order of their names."""
+  if not isinstance(tree, dict):
+    return [(prefix, tree)] if names else [tree]
+  return [leaf for name in sorted(tree) for leaf in leaves(tree[name], f"{prefix}/{name}", names)]
 
 
 @pytest.mark.slow

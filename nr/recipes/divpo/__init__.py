@@ -18,11 +18,11 @@ def stages(config: Any) -> list[Stage]:
   """Returns the stages of the recipe, in order."""
   del config
   return [
-    Stage("base", base.run, sections=("seeds", "seed", "task", "base")),
+    Stage("base", base.run, sections=("seeds", "seed", "task", "base"), files=("base.checkpoint",)),
     Stage(
       "arms",
       arms.run,
-      sections=("seeds", "seed", "task", "sampling", "adapter", "arms", "train"),
+      sections=("seeds", "seed", "task", "sampling", "adapter", "compute", "arms", "train"),
       inputs=("base",),
     ),
     Stage(

@@ -3,6 +3,8 @@
 from nr.data.example_batches import padded_batches
 from nr.data.examples import LengthLimits, encode_responses
 from nr.recipes.divpo import settings
+from nr.recipes.languages import Language, checkpoint_language, keep_language
+from nr.recipes.policies import open_base
 from nr.recipes.saved_models import keep_model
 from nr.recipes.sections import training_config, transformer_spec
 from nr.recipes.stages import Artifact, StageContext
@@ -13,34 +15,29 @@ from nr.training.next_token import next_token_method
 def run(context: StageContext) -> Artifact:
   """Trains the toy's model for every seed, or copies the checkpoint into the run."""
   config = context.config
-  language = settings.language_of(config)
-  language.tokenizer.save(context.directory / "tokenizer")
-  one = _pre_trained if settings.is_toy(config) else _copied
-  return {
-    "tokenizer": language.tokenizer.fingerprint,
-    "models": {str(seed): one(context, language, seed) for seed in config.seeds},
-  }
+  if settings.is_toy(config):
+    language = settings.toy_language(config)
+    models = {str(seed): _pre_trained(context, language, seed) for seed in config.seeds}
+  else:
+    checkpoint = open_base(config.base)
+    language = checkpoint_language(checkpoint, config.base.chat_template)
+    spec, params, tokenizer = checkpoint.spec, checkpoint.network.params, language.tokenizer.fingerprint
+    models = {
+      str(seed): keep_model(context, context.directory / f"seed{seed}", spec, params, tokenizer)
+      for seed in config.seeds
+    }
+  return {**keep_language(context, language), "models": models}
 
 
-def _pre_trained(context: StageContext, language: settings.Language, seed: int) -> Artifact:
+def _pre_trained(context: StageContext, language: Language, seed: int) -> Artifact:
   config, directory = context.config, context.directory / f"seed{seed}"
   task, length = settings.task_of(config), config.base.max_length
   spec = transformer_spec(config.base.model, language.tokenizer.vocab_size, length)
   training = training_config(config.base.train, config.seed + seed)
   responses = task.corpus(config.base.examples, config.seed + seed)
-  encoded = encode_responses(
-    responses, settings.text_format(language), LengthLimits(length, when_long="raise")
-  )
+  encoded = encode_responses(responses, language.format, LengthLimits(length, when_long="raise"))
   batches = padded_batches(encoded.examples, training.batch_size, (length,), seed=training.seed)
   result = train(training, next_token_method(spec, name="base"), batches, workdir=directory)
   return keep_model(
     context, directory, spec, result.state.params, language.tokenizer.fingerprint, result.summary
-  )
-
-
-def _copied(context: StageContext, language: settings.Language, seed: int) -> Artifact:
-  checkpoint = settings.open_base_checkpoint(context.config)
-  directory = context.directory / f"seed{seed}"
-  return keep_model(
-    context, directory, checkpoint.spec, checkpoint.network.params, language.tokenizer.fingerprint
   )

@@ -7,6 +7,7 @@ import jax
 
 from nr.generation.transforms.text import parse
 from nr.recipes.divpo import settings
+from nr.recipes.policies import adapter_spec, check_base
 from nr.recipes.sections import transformer_spec
 from nr.training import defaults, sharding
 
@@ -37,7 +38,8 @@ def validate(config: Any) -> None:
       f"evaluate.pool_size={config.evaluate.pool_size}: give 2 to evaluate.samples={config.evaluate.samples}"
     )
   _check_arms(config)
-  settings.adapter_spec(config)
+  check_base(config.base)
+  adapter_spec(config)
   settings.task_of(config)
   if settings.is_toy(config):
     _check_toy(config)

@@ -12,8 +12,8 @@ from nr.judges.protocol import Item
 from nr.recipes.divpo import settings
 from nr.recipes.divpo.arms import run_name
 from nr.recipes.divpo.personas import Task
+from nr.recipes.languages import Language
 from nr.recipes.stages import Artifact, StageContext
-from nr.training.model_files import load_model
 
 NAMED = 8
 """Most frequent values that the report names."""
@@ -21,7 +21,7 @@ NAMED = 8
 
 def run(context: StageContext) -> Artifact:
   """Samples from every model and measures; the texts are kept, a file a model."""
-  config, language = context.config, settings.language_of(context.config)
+  config, language = context.config, settings.language_of(context)
   trained = context.inputs["arms"]
   runs: dict[str, Any] = {}
   for seed in config.seeds:
@@ -54,12 +54,10 @@ class Drawn(NamedTuple):
   scores: np.ndarray
 
 
-def _sampled(
-  context: StageContext, language: settings.Language, entry: dict[str, Any], seed: int
-) -> list[Drawn]:
+def _sampled(context: StageContext, language: Language, entry: dict[str, Any], seed: int) -> list[Drawn]:
   """Draws and scores the samples of a model, for every prompt that was held out."""
   config = context.config
-  model, task = load_model(context.path(entry["model"])), settings.task_of(config)
+  model, task = settings.open_model(context, entry), settings.task_of(config)
   generator = settings.make_generator(config, model.spec, model.params, language, model.fingerprint)
   count, size = config.evaluate.samples, config.sampling.batch_size
   requests = [

@@ -5,6 +5,7 @@ method does to diversity shows.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Protocol
@@ -170,12 +171,16 @@ class ShortAnswers(Spec):
     subjects: that models are trained on.
     held_out_subjects: that they are measured on.
     pattern: of a whole valid answer, spaces around it taken off.
+    examples: (subject, answer) pairs, shown as earlier turns of the chat: small models see
+      the form of an answer better than they read of it. Their subjects are neither trained
+      nor measured on.
   """
 
   template: str
   subjects: tuple[str, ...]
   held_out_subjects: tuple[str, ...]
   pattern: str
+  examples: tuple[tuple[str, str], ...] = ()
 
   attributes = ("answer",)
 
@@ -184,21 +189,27 @@ class ShortAnswers(Spec):
       raise ValueError(f"task.answers.template={self.template!r}: it has no slot {{subject}}")
     if not self.subjects or not self.held_out_subjects:
       raise ValueError("task.answers: give subjects and held_out_subjects")
-    both = set(self.subjects) & set(self.held_out_subjects)
-    if both:
-      raise ValueError(f"task.answers: {sorted(both)[0]!r} is in subjects and in held_out_subjects")
+    shown = tuple(subject for subject, _ in self.examples)
+    named = {"subjects": self.subjects, "held_out_subjects": self.held_out_subjects, "examples": shown}
+    for first, second in itertools.combinations(named, 2):
+      both = set(named[first]) & set(named[second])
+      if both:
+        raise ValueError(f"task.answers: {sorted(both)[0]!r} is in {first} and in {second}")
     try:
       re.compile(self.pattern)
     except re.error as error:
       raise ValueError(f"task.answers.pattern={self.pattern!r}: {error}") from error
+    for _, answer in self.examples:
+      if self.read(answer) is None:
+        raise ValueError(f"task.answers.examples: {answer!r} is not of the form of task.answers.pattern")
 
   def prompts(self) -> list[PoolPrompt]:
     """Returns a question for each subject of training."""
-    return [_asked(subject, self.template.format(subject=subject)) for subject in self.subjects]
+    return [self._question(subject) for subject in self.subjects]
 
   def held_out(self) -> list[PoolPrompt]:
     """Returns a question for each subject that is kept back."""
-    return [_asked(subject, self.template.format(subject=subject)) for subject in self.held_out_subjects]
+    return [self._question(subject) for subject in self.held_out_subjects]
 
   def judge(self) -> Judge:
     """Returns the rule: 1 for an answer of the form."""
@@ -209,9 +220,19 @@ class ShortAnswers(Spec):
     answer = text.strip()
     return {"answer": answer.rstrip(".").lower()} if re.fullmatch(self.pattern, answer) else None
 
+  def _question(self, subject: str) -> PoolPrompt:
+    turns = []
+    for shown, answer in self.examples:
+      turns += [_turn("user", self.template.format(subject=shown)), _turn("assistant", answer)]
+    return PoolPrompt(subject, (*turns, _turn("user", self.template.format(subject=subject))))
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+  return {"role": role, "content": content}
+
 
 def _asked(id: str, instruction: str) -> PoolPrompt:
-  return PoolPrompt(id, ({"role": "user", "content": instruction},))
+  return PoolPrompt(id, (_turn("user", instruction),))
 
 
 TASKS = {"world": PersonaWorld, "json": JsonPersonas, "answers": ShortAnswers}

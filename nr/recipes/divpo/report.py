@@ -82,6 +82,7 @@ def gather(context: StageContext) -> dict[str, Any]:
     "checks": checks(values),
     "training": {name: last_row(context, each) for name, each in inputs["arms"]["runs"].items()},
     "rounds": {name: of_rounds(each["rounds"]) for name, each in inputs["arms"]["runs"].items()},
+    "step_seconds": {name: of_steps(each["summary"]) for name, each in inputs["arms"]["runs"].items()},
     "runs": measured["runs"],
     "environment": environment(),
     "seconds": {
@@ -129,6 +130,19 @@ def last_row(context: StageContext, trained: Mapping[str, Any]) -> dict[str, flo
   """Returns what the last logged step of a training says."""
   rows = read_metrics(context.path(trained["directory"]))
   return {field: row[field] for row in rows for field in TRAINING if field in row}
+
+
+def of_steps(summary: Mapping[str, Any]) -> dict[str, float | None]:
+  """Returns the seconds of a step, and of them those of sampling with scoring and of training.
+
+  Means over the steps of the last process behind its first one, which compiles; None with no further step.
+  """
+  whole, waited = (summary.get(name) for name in ("step_seconds", "input_wait_seconds"))
+  return {
+    "step": whole,
+    "sampling": waited,
+    "training": None if whole is None else whole - waited,
+  }
 
 
 def of_rounds(rounds: list[Mapping[str, Any]]) -> dict[str, Any]:
@@ -245,6 +259,14 @@ def render(report: Mapping[str, Any]) -> str:
       [[name, *row.values()] for name, row in report["rounds"].items()],
     ),
     "![rounds](plots/validity_by_round.png)",
+    "## Seconds of a step",
+    table(
+      ["run", "step", "of it sampling and scoring", "of it training"],
+      [
+        [name, *("-" if value is None else value for value in row.values())]
+        for name, row in report["step_seconds"].items()
+      ],
+    ),
     f"Seconds by stage: {report['seconds']}",
   ]
   return "\n\n".join(sections) + "\n"

@@ -1,38 +1,25 @@
 """From the config to what stages work with."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-from nr.data.examples import PlainText
-from nr.generators.checkpoints import Checkpoint, make_network, open_checkpoint
+from nr.generators.checkpoints import make_network
 from nr.generators.in_process import InProcess
-from nr.models.lora import LoraSpec, merge
 from nr.names import unknown
 from nr.objectives.group_relative import GroupRelativeSpec
 from nr.objectives.preference import PreferenceSpec
 from nr.recipes.divpo.pairs import SelectionSpec
 from nr.recipes.divpo.personas import TASKS, Task
+from nr.recipes.languages import Language, kept_language, plain_language
+from nr.recipes.policies import model_mesh
 from nr.recipes.sampling_rounds import RoundSpec
 from nr.recipes.sections import training_config
-from nr.training.policy import Policy, full_policy, lora_policy
+from nr.recipes.stages import StageContext
+from nr.training.model_files import Model, load_model
 
 BASE = "base"
 """The model that every arm begins from, measured like an arm."""
-
-
-class Language(NamedTuple):
-  """How texts become tokens.
-
-  Attributes:
-    tokenizer: of the model.
-    begin_ids: in front of prompts that are no chat.
-    end_ids: that end a text.
-  """
-
-  tokenizer: Any
-  begin_ids: tuple[int, ...]
-  end_ids: tuple[int, ...]
 
 
 def is_toy(config: Any) -> bool:
@@ -53,23 +40,16 @@ def task_of(config: Any) -> Task:
   return TASKS[kind].from_dict(config.task[kind].to_dict())
 
 
-def open_base_checkpoint(config: Any) -> Checkpoint:
-  """Opens the checkpoint that the config names."""
-  return open_checkpoint(config.base.checkpoint, dtype=config.base.dtype)
+def toy_language(config: Any) -> Language:
+  """Returns the small language."""
+  return plain_language(task_of(config).tokenizer())
 
 
-def language_of(config: Any) -> Language:
-  """Returns the tokenizer of the run with what belongs to it."""
-  if is_toy(config):
-    tokenizer = task_of(config).tokenizer()
-    return Language(tokenizer, (), (tokenizer.end_of_text_id,))
-  checkpoint = open_base_checkpoint(config)
-  return Language(checkpoint.tokenizer, checkpoint.begin_ids, checkpoint.end_ids)
-
-
-def text_format(language: Language) -> PlainText:
-  """Returns how the toy's texts are encoded."""
-  return PlainText(language.tokenizer, language.begin_ids)
+def language_of(context: StageContext) -> Language:
+  """Returns the language that stage `base` has kept with its models."""
+  if is_toy(context.config):
+    return toy_language(context.config)
+  return kept_language(context, context.inputs["base"])
 
 
 def arm_names(config: Any) -> list[str]:
@@ -126,23 +106,14 @@ def round_spec(config: Any, arm: str, seed: int) -> RoundSpec:
   )
 
 
-def adapter_spec(config: Any) -> LoraSpec | None:
-  """Returns the settings of the adapter; None where all of the model is trained."""
-  return LoraSpec.from_dict(config.adapter.to_dict()) if config.adapter.rank else None
+def mesh_of(config: Any) -> jax.sharding.Mesh | None:
+  """Returns the mesh that given models lie on; None for one device, and for toys, which need no more."""
+  return None if is_toy(config) else model_mesh(config.train.mesh)
 
 
-def make_policy(config: Any, spec: Any, params: Any, seed: int) -> Policy:
-  """Returns what is trained: all of the model, or an adapter."""
-  adapter = adapter_spec(config)
-  if adapter is None:
-    return full_policy(spec, params)
-  return lora_policy(spec, params, adapter, jax.random.key(config.seed + seed))
-
-
-def whole_params(config: Any, policy: Policy, trained: Any) -> Any:
-  """Returns the parameters of the trained model, an adapter added into the weights."""
-  adapter = adapter_spec(config)
-  return trained if adapter is None else merge(policy.fixed, trained, adapter)
+def open_model(context: StageContext, artifact: dict[str, Any]) -> Model:
+  """Opens a model that a stage has written."""
+  return load_model(context.path(artifact["model"]), mesh=mesh_of(context.config))
 
 
 def make_generator(config: Any, spec: Any, params: Any, language: Language, model: str) -> InProcess:
@@ -150,8 +121,9 @@ def make_generator(config: Any, spec: Any, params: Any, language: Language, mode
   return InProcess(
     make_network(spec, params),
     language.tokenizer,
-    begin_ids=language.begin_ids,
+    format=language.format,
     end_ids=language.end_ids,
     model=model,
     batch_size=config.sampling.batch_size,
+    mesh=mesh_of(config),
   )

@@ -5,12 +5,13 @@ from typing import Any
 from nr.data.example_batches import padded_batches
 from nr.data.examples import encode_pairs
 from nr.data.preferences import read_pairs
+from nr.recipes.languages import Language
 from nr.recipes.length_instruct import augmentation, settings
+from nr.recipes.policies import make_policy, reference_kind, whole_params
 from nr.recipes.saved_models import keep_model
 from nr.recipes.sections import training_config
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.loop import train
-from nr.training.policy import full_policy
 from nr.training.preference import preference_method
 
 
@@ -32,16 +33,24 @@ def run_name(arm: str, seed: int) -> str:
   return f"{arm}_seed{seed}"
 
 
-def _train(context: StageContext, language: settings.Language, arm: str, seed: int, pairs: list) -> Artifact:
+def _train(context: StageContext, language: Language, arm: str, seed: int, pairs: list) -> Artifact:
   config, directory = context.config, context.directory / run_name(arm, seed)
   spec, params = settings.open_model(context, context.inputs["base"]["models"][str(seed)])
-  method = preference_method(full_policy(spec, params), settings.preference_spec(config, arm), name=arm)
+  policy = make_policy(config, spec, params, seed)
+  method = preference_method(
+    policy,
+    settings.preference_spec(config, arm),
+    name=arm,
+    reference=reference_kind(policy),
+    loss_chunk=config.compute.loss_chunk or None,
+  )
   encoded = encode_pairs(pairs, language.format, settings.length_limits(config))
   training = training_config(settings.train_section(config, arm), seed)
   batches = padded_batches(
     encoded.examples, training.batch_size, settings.encoded_lengths(config), seed=training.seed
   )
   result = train(training, method, batches, workdir=directory, metadata={"arm": arm})
-  tokenizer = language.tokenizer.fingerprint
-  kept = keep_model(context, directory, spec, result.state.params, tokenizer, result.summary)
-  return {**kept, "pairs": encoded.report.kept, "mix": config.arms[arm].mix}
+  params = whole_params(config, policy, result.state.params)
+  kept = keep_model(context, directory, spec, params, language.tokenizer.fingerprint, result.summary)
+  left_out = {reason: len(ids) for reason, ids in encoded.report.dropped.items()}
+  return {**kept, "pairs": encoded.report.kept, "left_out": left_out, "mix": config.arms[arm].mix}

@@ -7,13 +7,17 @@ the run, fine-tuned first where answers to learn are named (`base.responses`).
 import pathlib
 from typing import Any
 
+import jax
+
 from nr.data.bad_records import Quarantine
 from nr.data.example_batches import padded_batches
 from nr.data.examples import Response, encode_responses
 from nr.data.json_lines import read_json_lines
 from nr.data.preferences import freeze_prompt
-from nr.generators.checkpoints import Checkpoint, open_checkpoint
+from nr.generators.checkpoints import Checkpoint
+from nr.recipes.languages import Language, checkpoint_language, keep_language
 from nr.recipes.length_instruct import settings
+from nr.recipes.policies import open_base
 from nr.recipes.saved_models import keep_model
 from nr.recipes.sections import training_config, transformer_spec
 from nr.recipes.stages import Artifact, StageContext
@@ -27,23 +31,19 @@ RESPONSES_SCHEMA = {"id": "str", "prompt": "object", "response": "str"}
 def run(context: StageContext) -> Artifact:
   """Trains or copies the model of every seed."""
   config = context.config
-  checkpoint = None if settings.is_toy(config) else open_checkpoint(config.base.checkpoint)
-  toy = checkpoint is None
-  language = settings.toy_language(config) if toy else settings.checkpoint_language(config, checkpoint)
-  language.tokenizer.save(context.directory / "tokenizer")
+  checkpoint = None if settings.is_toy(config) else open_base(config.base)
+  if checkpoint is None:
+    language = settings.toy_language(config)
+  else:
+    language = checkpoint_language(checkpoint, config.data.chat_template)
   return {
     "seeds": list(config.seeds),
-    "tokenizer": language.tokenizer.fingerprint,
-    "tokenizer_folder": context.relative(context.directory / "tokenizer"),
-    "begin_ids": list(language.begin_ids),
-    "end_ids": list(language.end_ids),
+    **keep_language(context, language),
     "models": {str(seed): _one(context, language, checkpoint, seed) for seed in config.seeds},
   }
 
 
-def _one(
-  context: StageContext, language: settings.Language, checkpoint: Checkpoint | None, seed: int
-) -> Artifact:
+def _one(context: StageContext, language: Language, checkpoint: Checkpoint | None, seed: int) -> Artifact:
   config, directory = context.config, context.directory / f"seed{seed}"
   responses = _responses(config, seed)
   if checkpoint is None:
@@ -60,9 +60,8 @@ def _one(
     encoded.examples, training.batch_size, settings.encoded_lengths(config), seed=training.seed
   )
   result = train(training, method, batches, workdir=directory)
-  return keep_model(
-    context, directory, spec, result.state.params, language.tokenizer.fingerprint, result.summary
-  )
+  params = jax.tree.map(lambda leaf: leaf.astype(spec.param_dtype), result.state.params)
+  return keep_model(context, directory, spec, params, language.tokenizer.fingerprint, result.summary)
 
 
 def _responses(config: Any, seed: int) -> list[Response] | None:

@@ -15,7 +15,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from nr.data.bad_records import DataError
+from nr.evaluation.statistics import bootstrap_ratio
 from nr.generators.protocol import Generator, Request, Sample, samples_by_request
 from nr.judges.length import count_words
 from nr.judges.protocol import Comparison, PairJudge
@@ -325,6 +328,48 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
   }
 
 
+def by_case(outcomes: Sequence[Outcome]) -> dict[str, list[float | None]]:
+  """Returns violation, words and win of each case; None where it is not known."""
+  return {
+    "violation": [None if each.is_violation is None else float(each.is_violation) for each in outcomes],
+    "words": [None if each.words is None else float(each.words) for each in outcomes],
+    "win": [each.win for each in outcomes],
+  }
+
+
+def intervals(outcomes: Sequence[Outcome]) -> dict[str, list[float] | None]:
+  """Returns 95 % bootstrap intervals over cases of the violations and of the mean words.
+
+  None where nothing was answered. A win has none: it is no mean over cases where verdicts are missing.
+  """
+  values = by_case(outcomes)
+  found: dict[str, list[float] | None] = {}
+  for name in ("violation", "words"):
+    known = np.array([value for value in values[name] if value is not None], np.float64)
+    interval = bootstrap_ratio(known, np.ones_like(known), seed=0, samples=1000) if len(known) else None
+    found[f"{name}_ci95"] = None if interval is None else [interval.low, interval.high]
+  return found
+
+
+def sweep_scales(
+  cases: Sequence[LengthCase],
+  generator: Generator,
+  spec: LiftSpec,
+  scales: Sequence[float],
+  **settings: Any,
+) -> dict[str, dict[str, Any]]:
+  """Returns `summarize`'s numbers with every limit scaled, by the factor; nobody judges.
+
+  Settings are those of `answer`.
+  """
+  found = {}
+  for scale in scales:
+    scaled = scale_cases(cases, scale, spec)
+    samples = answer(scaled, generator, tag=f"x{scale:g}:", **settings)
+    found[f"{scale:g}"] = summarize(judge_cases(scaled, samples, None, spec.counter))
+  return found
+
+
 def evaluate(
   cases: Sequence[LengthCase],
   generator: Generator,
@@ -351,11 +396,8 @@ def evaluate(
   """
   samples = answer(cases, generator, max_new_tokens=max_new_tokens, **settings)
   report: dict[str, Any] = summarize(judge_cases(cases, samples, judge, spec.counter))
-  report |= {"counter": spec.counter, "judge": judge.name if judge is not None else None, "scales": {}}
-  for scale in scales:
-    scaled = scale_cases(cases, scale, spec)
-    samples = answer(scaled, generator, max_new_tokens=max_new_tokens, tag=f"x{scale:g}:", **settings)
-    report["scales"][f"{scale:g}"] = summarize(judge_cases(scaled, samples, None, spec.counter))
+  report |= {"counter": spec.counter, "judge": judge.name if judge is not None else None}
+  report["scales"] = sweep_scales(cases, generator, spec, scales, max_new_tokens=max_new_tokens, **settings)
   return report
 
 

@@ -6,23 +6,32 @@ In the toy world four measurements of each model:
   unlimited   prompts without a limit: what is lost
   benchmark   the rule of AlpacaEval-LI: the shortest of three answers of the base model is
               baseline and limit, a violation loses, quality decides the rest
-A given checkpoint is measured on the benchmark files that the config names.
+A given checkpoint is measured on the benchmark files that the config names:
+  the benchmark itself, with its own limits, by intervals over prompts
+  scaled      the same with every limit scaled
+  by_limit    every prompt with each limit of `evaluate.limits`
+  unlimited   every prompt without a limit, where `evaluate.answers_without_limit` asks for it
 """
 
+import functools
 import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from nr.data.json_lines import json_line, write_json_lines
+from nr.data.preferences import read_pairs
 from nr.evaluation.statistics import bootstrap_ratio
 from nr.generators.in_process import InProcess
 from nr.generators.protocol import Sample
 from nr.judges.protocol import PairJudge, ScorePairs
 from nr.recipes.length_instruct import benchmarks, settings
 from nr.recipes.length_instruct.arms import run_name
+from nr.recipes.length_instruct.augmentation import LiftSpec
 from nr.recipes.length_instruct.benchmarks import LengthCase, Outcome
+from nr.recipes.length_instruct.judges import open_judge
 from nr.recipes.stages import Artifact, StageContext
 
 BASELINE_ANSWERS = 3
@@ -140,14 +149,76 @@ class _ToyBenchmark:
 
 
 def measure_on_files(context: StageContext, generator: InProcess, name: str) -> dict[str, Any]:
-  """Returns the report of each benchmark whose file the config names; without a judge, violations only."""
+  """Returns the measurements on each benchmark whose file the config names, and keeps the answers.
+
+  Without a judge: violations and words only.
+  """
   config, spec = context.config, settings.lift_spec(context.config)
   asking = dict(max_new_tokens=config.evaluate.max_new_tokens, chain=config.evaluate.chain, seed=config.seed)
-  found = {}
+  found, prompts = {}, _training_prompts(context)
   for title, cases in open_benchmarks(config).items():
+    folder = context.directory / name / title
+    measure = functools.partial(measure_cases, generator=generator, spec=spec, folder=folder, asking=asking)
     judge = open_judge(config, context.directory / f"{name}_judge.jsonl")
-    found[title] = benchmarks.evaluate(cases, generator, judge, spec, scales=config.evaluate.scales, **asking)
+    limited = {limit: [with_limit(case, limit, spec) for case in cases] for limit in config.evaluate.limits}
+    free = [
+      case._replace(id=f"{case.id}/{number}", prompt=case.instruction)
+      for case in cases
+      for number in range(config.evaluate.answers_without_limit)
+    ]
+    found[title] = {
+      **measure(cases, judge=judge),
+      "counter": spec.counter,
+      "judge": judge.name if judge is not None else None,
+      "seen": sum(case.instruction in prompts for case in cases),
+      "scales": benchmarks.sweep_scales(cases, generator, spec, config.evaluate.scales, **asking),
+      "by_limit": {str(limit): measure(each, tag=f"limit{limit}:") for limit, each in limited.items()},
+      "unlimited": measure(free, tag="unlimited:") if free else None,
+    }
   return found
+
+
+def measure_cases(
+  cases: Sequence[LengthCase],
+  *,
+  generator: InProcess,
+  spec: LiftSpec,
+  folder: pathlib.Path,
+  asking: dict[str, Any],
+  tag: str = "",
+  judge: PairJudge | None = None,
+) -> dict[str, Any]:
+  """Answers cases and returns their summary, intervals over them, and the numbers of each.
+
+  Args:
+    cases: what is answered.
+    generator: the model.
+    spec: for the counter of words.
+    folder: gets the answers.
+    asking: of the requests: max_new_tokens, chain, seed.
+    tag: in front of the requests' ids, and name of the file.
+    judge: compares with the baselines; None: nobody.
+  """
+  samples = benchmarks.answer(cases, generator, tag=tag, **asking)
+  outcomes = benchmarks.judge_cases(cases, samples, judge, spec.counter)
+  write_answers(folder / f"{tag.rstrip(':') or 'answers'}.jsonl", cases, samples, outcomes)
+  return {
+    **benchmarks.summarize(outcomes),
+    **benchmarks.intervals(outcomes),
+    "by_case": benchmarks.by_case(outcomes),
+  }
+
+
+def with_limit(case: LengthCase, limit: int, spec: LiftSpec) -> LengthCase:
+  """Returns the case with another limit; its baseline need not obey it and is left out."""
+  return case._replace(limit=limit, prompt=spec.render(case.instruction, limit), baseline=None)
+
+
+def _training_prompts(context: StageContext) -> set[str]:
+  """Returns the instructions of the pairs that arms are trained on: none of them should be measured on."""
+  files = context.inputs["pairs"]["files"].values()
+  prompts = [pair.prompt for each in files for pair in read_pairs(context.path(each["path"]))]
+  return {each if isinstance(each, str) else each[-1]["content"] for each in prompts}
 
 
 def open_benchmarks(config: Any) -> dict[str, list[LengthCase]]:
@@ -163,24 +234,6 @@ def open_benchmarks(config: Any) -> dict[str, list[LengthCase]]:
     found["answered"] = benchmarks.load_answered(config.evaluate.answered, settings.lift_spec(config))
   most = config.evaluate.most_cases
   return {title: cases[:most] if most else cases for title, cases in found.items()}
-
-
-def open_judge(config: Any, cache: Any) -> PairJudge | None:
-  """Returns the judge of a server, or None where the config names none."""
-  from nr.generators.openai_compatible import OpenAICompatible
-  from nr.judges.language_model import LanguageModelPairs
-
-  judge = config.evaluate.judge
-  if not judge.url:
-    return None
-  server = OpenAICompatible(
-    judge.url,
-    judge.model,
-    cache=cache,
-    api_key_variable=judge.api_key_variable or None,
-    max_tokens_field=judge.max_tokens_field,
-  )
-  return LanguageModelPairs(server, max_new_tokens=judge.max_new_tokens)
 
 
 def write_answers(

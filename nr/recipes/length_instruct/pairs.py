@@ -6,20 +6,24 @@ from nr.data.pools import Pool, PoolSample, write_pools
 from nr.data.preferences import PreferencePair, read_pairs, write_pairs
 from nr.generators.protocol import Request, samples_by_request
 from nr.judges.protocol import Item
+from nr.recipes.languages import Language
 from nr.recipes.length_instruct import augmentation, settings
+from nr.recipes.length_instruct.sampled_pairs import sample_pairs
 from nr.recipes.stages import Artifact, StageContext
 
 
 def run_pairs(context: StageContext) -> Artifact:
-  """Samples and judges pairs of the toy world, or takes the given ones; one file a seed."""
+  """Samples and judges pairs, of the toy world or of a checkpoint, or takes the given ones; one file a seed."""
   config, language = context.config, settings.language_of(context)
   files: dict[str, Artifact] = {}
-  if not settings.is_toy(config) and not config.data.pairs:  # only measured
+  if not (settings.is_toy(config) or settings.is_sampling(config) or config.data.pairs):  # only measured
     return {"files": files}
   for seed in config.seeds:
-    counts: dict[str, int] = {}
+    counts: Artifact = {}
     if settings.is_toy(config):
       pairs, counts = _sampled(context, language, seed)
+    elif settings.is_sampling(config):
+      pairs, counts["sampling"] = sample_pairs(context, language, seed)
     else:
       pairs = read_pairs(config.data.pairs)
     path = context.directory / f"seed{seed}.jsonl"
@@ -30,7 +34,7 @@ def run_pairs(context: StageContext) -> Artifact:
 
 
 def _sampled(
-  context: StageContext, language: settings.Language, seed: int
+  context: StageContext, language: Language, seed: int
 ) -> tuple[list[PreferencePair], dict[str, int]]:
   """Returns pairs of two answers of the base model to each prompt, the better one chosen, and counts."""
   config, world = context.config, settings.world_of(context.config)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from nr.evaluation import plots
-from nr.evaluation.statistics import mean_over_runs
+from nr.evaluation.statistics import mean_over_runs, paired_difference
 from nr.recipes.environment import environment
 from nr.recipes.length_instruct import report_text, settings
 from nr.recipes.length_instruct.arms import run_name
@@ -62,7 +62,39 @@ def gather(context: StageContext) -> dict[str, Any]:
     report["table"] = {arm: _row(report, arm) for arm in report["arms"]}
     report["curves"] = {arm: _by_limit(report, arm) for arm in report["arms"]}
     report["checks"] = checks(report["table"])
+  else:
+    report["differences"] = differences(measured)
   return report
+
+
+def differences(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns paired differences over the prompts of each benchmark, first seed, with 95 % intervals.
+
+  Every arm minus the model before, and every other arm minus plain DPO.
+
+  Returns:
+    benchmark -> "arm minus other" -> violation and words, of the prompts that both answered;
+    None where they answered none.
+  """
+  arms, seed = measured["arms"], measured["seeds"][0]
+  before, *trained = arms
+  compared = [(arm, before) for arm in trained] + [(arm, "dpo") for arm in trained if arm != "dpo" in trained]
+  titles = [name for name in measured["runs"][run_name(before, seed)] if name not in ("arm", "seed")]
+
+  def difference(title: str, field: str, arm: str, other: str) -> dict[str, float] | None:
+    sides = [measured["runs"][run_name(each, seed)][title]["by_case"][field] for each in (arm, other)]
+    both = [pair for pair in zip(*sides, strict=True) if None not in pair]
+    return paired_difference(*np.array(both).T)._asdict() if both else None
+
+  return {
+    title: {
+      f"{arm} minus {other}": {
+        field: difference(title, field, arm, other) for field in ("violation", "words")
+      }
+      for arm, other in compared
+    }
+    for title in titles
+  }
 
 
 def _of_training(context: StageContext, trained: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +102,8 @@ def _of_training(context: StageContext, trained: Mapping[str, Any]) -> dict[str,
   rows = read_metrics(context.path(trained["directory"]))
   fields = ("preference_loss", "reward_accuracy", "reward_margin", "chosen_log_prob", "rejected_log_prob")
   last = {field: row[field] for row in rows for field in fields if field in row}
-  return {"pairs": trained["pairs"], "mix": trained["mix"], **last}
+  kept = {field: trained[field] for field in ("pairs", "left_out", "mix")}
+  return {**kept, "seconds": trained["summary"].get("seconds"), **last}
 
 
 def _values(report: Mapping[str, Any], arm: str, section: str, field: str) -> list[float]:

@@ -113,7 +113,7 @@ def benchmark(report: Mapping[str, Any]) -> str:
 
 
 def files(report: Mapping[str, Any]) -> list[str]:
-  """Returns the sections of a given checkpoint: a table a benchmark."""
+  """Returns the sections of a given checkpoint: a few tables a benchmark."""
   sections = []
   first = next(iter(report["runs"].values()))
   for name in [key for key in first if key not in ("arm", "seed")]:
@@ -121,13 +121,54 @@ def files(report: Mapping[str, Any]) -> list[str]:
     for entry in report["runs"].values():
       found = entry[name]
       judged = f"{found['judged']} of {found['obeying']}"
-      rows.append([title(entry["arm"]), entry["seed"], *_percents(found), judged, found["count"]])
+      rows.append([title(entry["arm"]), entry["seed"], *_cells(found), judged, found["count"]])
     header = ["arm", "seed", "Vlt%", "Win%", "words", "judged of obeying", "prompts"]
     counted = (
-      f"Words are counted by `{first[name]['counter']}`, judged by {first[name]['judge'] or 'nobody'}."
+      f"Words are counted by `{first[name]['counter']}`, judged by {first[name]['judge'] or 'nobody'}. Intervals are "
+      "95 % bootstrap over prompts. An answer that did not end by itself violates."
     )
-    sections += [f"## {name}", counted, table(header, rows), _scaled_files(report, name)]
+    if first[name]["seen"]:
+      counted += f" **{first[name]['seen']} of these prompts are among the pairs that arms were trained on.**"
+    sections += [f"## {name}", counted, table(header, rows)]
+    sections += [
+      part
+      for part in (_differences(report, name), _by_limit(report, name), _scaled_files(report, name))
+      if part
+    ]
   return sections
+
+
+def _cells(found: Mapping[str, Any]) -> list[str]:
+  """Returns violations in percent, wins and words, with intervals over prompts where there are."""
+  violation, win, words = _percents(found)
+  if found["violation_ci95"]:
+    violation += " ({:.1f} to {:.1f})".format(*(100 * bound for bound in found["violation_ci95"]))
+    words += " ({:.0f} to {:.0f})".format(*found["words_ci95"])
+  return [violation, win, words]
+
+
+def _differences(report: Mapping[str, Any], name: str) -> str:
+  rows = [
+    [between, *(interval_cell(found[field], digits) for field, digits in (("violation", 3), ("words", 1)))]
+    for between, found in report["differences"][name].items()
+  ]
+  told = "Paired by prompt, first seed, Student's 95 % intervals:"
+  return f"{told}\n\n" + table(["difference", "share of violations", "words"], rows) if rows else ""
+
+
+def _by_limit(report: Mapping[str, Any], name: str) -> str:
+  """Returns violations and words with each fixed limit, and words without one."""
+  first = next(iter(report["runs"].values()))[name]
+  limits, is_free = list(first["by_limit"]), first["unlimited"] is not None
+  header = ["arm", "seed", *(f"{kind}, limit {limit}" for limit in limits for kind in ("Vlt%", "words"))]
+  rows = []
+  for entry in report["runs"].values():
+    found, row = entry[name], [title(entry["arm"]), entry["seed"]]
+    for limit in limits:
+      violation, _, words = _cells(found["by_limit"][limit])
+      row += [violation, words]
+    rows.append([*row, *([_cells(found["unlimited"])[2]] if is_free else [])])
+  return table([*header, *(["words without limit"] if is_free else [])], rows) if limits or is_free else ""
 
 
 def _percents(found: Mapping[str, Any]) -> list[str]:
@@ -166,7 +207,13 @@ def pairs(report: Mapping[str, Any]) -> str:
   ]
   header = ["seed", "pairs D", "kept", "limited D'", "swaps", "words chosen", "words rejected"]
   header += ["shorter wins in D", "in D'", "in both"]
-  return table(header, rows)
+  sampled = [
+    f"Seed {seed}, sampled here: "
+    + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
+    for seed, found in report["pairs"].items()
+    if (counts := found.get("sampling"))
+  ]
+  return "\n\n".join([table(header, rows), *sampled])
 
 
 def training(report: Mapping[str, Any]) -> str:
@@ -176,7 +223,13 @@ def training(report: Mapping[str, Any]) -> str:
     [name, found["pairs"], *(number(found[field]) if field in found else "-" for field in fields)]
     for name, found in report["training"].items()
   ]
-  return table(["training", "pairs", "loss", "accuracy", "margin", "log p chosen", "log p rejected"], rows)
+  left_out = [
+    f"{name}, left out: " + ", ".join(f"{reason} {count}" for reason, count in found["left_out"].items())
+    for name, found in report["training"].items()
+    if found["left_out"]
+  ]
+  header = ["training", "pairs", "loss", "accuracy", "margin", "log p chosen", "log p rejected"]
+  return "\n\n".join([table(header, rows), *left_out])
 
 
 def run(report: Mapping[str, Any]) -> str:

@@ -1,15 +1,18 @@
 """From the config to what stages work with, the same for a world of toys and for a model of the world."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from nr.data.chat import ChatFormat, ChatTemplate, ChatTokenizer, load_chat_template
-from nr.data.examples import LengthLimits, PlainText, TextFormat
-from nr.data.tokenizers import load_tokenizer
-from nr.generators.checkpoints import Checkpoint, make_network
+import jax
+
+from nr.data.examples import LengthLimits
+from nr.data.instructions import InstructionFields
+from nr.generators.checkpoints import make_network
 from nr.generators.in_process import InProcess
 from nr.objectives.preference import PreferenceSpec
+from nr.recipes.languages import Language, kept_language, plain_language
 from nr.recipes.length_instruct.augmentation import LiftSpec
 from nr.recipes.length_instruct.toy import World
+from nr.recipes.policies import model_mesh
 from nr.recipes.stages import StageContext
 from nr.training.model_files import load_model
 
@@ -17,24 +20,8 @@ ARMS = ("dpo", "r_dpo_small", "r_dpo_large", "lift_augmented_only", "lift", "lif
 REFERENCE_ARM = "sft"
 """The model that every arm begins from, measured like an arm."""
 
-OWN_TEMPLATE = "own"
-"""Value of `data.chat_template` for the template in the checkpoint's folder."""
-
-
-class Language(NamedTuple):
-  """How a model's texts become tokens.
-
-  Attributes:
-    tokenizer: of the model.
-    format: prompts and responses to ids, the same for training and for answering.
-    begin_ids: in front of prompts that are plain text.
-    end_ids: that end a text.
-  """
-
-  tokenizer: Any
-  format: TextFormat
-  begin_ids: tuple[int, ...]
-  end_ids: tuple[int, ...]
+JUDGES = ("reference", "words", "reward_model", "language_model")
+"""What may decide which of two responses is preferred; see `sampled_pairs`."""
 
 
 def is_toy(config: Any) -> bool:
@@ -90,47 +77,36 @@ def encoded_lengths(config: Any) -> tuple[int, ...]:
   return (*shorter, longest)
 
 
+def instruction_fields(config: Any) -> InstructionFields:
+  """Returns where records of `pools.instructions` hold what."""
+  return InstructionFields.from_dict(config.pools.fields.to_dict())
+
+
+def is_sampling(config: Any) -> bool:
+  """Whether a checkpoint makes its own pairs: instructions are given, and no pairs."""
+  return bool(not is_toy(config) and config.pools.instructions and not config.data.pairs)
+
+
 def toy_language(config: Any) -> Language:
   """Returns the language of the toy world."""
-  tokenizer = world_of(config).tokenizer()
-  return Language(tokenizer, PlainText(tokenizer), (), (tokenizer.end_of_text_id,))
-
-
-def checkpoint_language(config: Any, checkpoint: Checkpoint) -> Language:
-  """Returns the language of a checkpoint: its tokenizer, with a chat template where the config names one.
-
-  Raises:
-    DataError: a template that is not there, or that the tokenizer cannot write.
-  """
-  tokenizer, name = checkpoint.tokenizer, config.data.chat_template
-  if name:
-    template = (
-      load_chat_template(config.base.checkpoint) if name == OWN_TEMPLATE else ChatTemplate.named(name)
-    )
-    tokenizer = ChatTokenizer(tokenizer, template)
-  return _language(config, tokenizer, checkpoint.begin_ids, checkpoint.end_ids)
+  return plain_language(world_of(config).tokenizer())
 
 
 def language_of(context: StageContext) -> Language:
   """Returns the language that stage `base` has kept with its models."""
-  config, base = context.config, context.inputs["base"]
-  if is_toy(config):
-    return toy_language(config)
-  folder = context.path(base["tokenizer_folder"])
-  tokenizer = load_tokenizer(folder)
-  if config.data.chat_template:
-    tokenizer = ChatTokenizer(tokenizer, load_chat_template(folder))
-  return _language(config, tokenizer, tuple(base["begin_ids"]), tuple(base["end_ids"]))
+  if is_toy(context.config):
+    return toy_language(context.config)
+  return kept_language(context, context.inputs["base"])
 
 
-def _language(config: Any, tokenizer: Any, begin_ids: tuple[int, ...], end_ids: tuple[int, ...]) -> Language:
-  format = ChatFormat(tokenizer) if config.data.chat_template else PlainText(tokenizer, begin_ids)
-  return Language(tokenizer, format, begin_ids, tuple(dict.fromkeys([*end_ids, format.end_id])))
+def mesh_of(config: Any) -> jax.sharding.Mesh | None:
+  """Returns the mesh that given models lie on; None for one device, and for toys, which need no more."""
+  return None if is_toy(config) else model_mesh(config.train.mesh)
 
 
 def open_model(context: StageContext, artifact: dict[str, Any]) -> tuple[Any, Any]:
   """Returns (spec, parameters) of a model that a stage has written."""
-  model = load_model(context.path(artifact["model"]))
+  model = load_model(context.path(artifact["model"]), mesh=mesh_of(context.config))
   return model.spec, model.params
 
 
@@ -143,4 +119,5 @@ def make_generator(config: Any, spec: Any, params: Any, language: Language, mode
     end_ids=language.end_ids,
     model=model,
     batch_size=config.data.rows_per_call,
+    mesh=mesh_of(config),
   )

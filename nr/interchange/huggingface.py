@@ -46,7 +46,7 @@ def load_huggingface(folder: str | pathlib.Path, **settings) -> tuple[Transforme
     ValueError: a model type or setting that is not supported, or tensors that
       are missing, unknown or of a wrong shape; the message names them.
   """
-  spec, tensors = _open_folder(pathlib.Path(folder), settings)
+  spec, tensors = open_folder(pathlib.Path(folder), settings)
   return spec, _read_transformer(spec, tensors, folder)
 
 
@@ -65,7 +65,7 @@ def load_huggingface_reward_model(folder: str | pathlib.Path, **settings) -> tup
     ValueError: as `load_huggingface`, or no head of one label.
   """
   # The output head of the language model is gone; a tied one takes no parameters.
-  spec, tensors = _open_folder(pathlib.Path(folder), {**settings, "tied_head": True})
+  spec, tensors = open_folder(pathlib.Path(folder), {**settings, "tied_head": True})
   head_1D = tensors.take(_SCORE)
   if head_1D is None or head_1D.shape != (1, spec.model_dim):
     found = "is missing" if head_1D is None else f"has shape {head_1D.shape}"
@@ -77,17 +77,26 @@ def load_huggingface_reward_model(folder: str | pathlib.Path, **settings) -> tup
   return RewardModelSpec(spec), params
 
 
-def _open_folder(folder: pathlib.Path, settings: dict) -> tuple[TransformerSpec, "_Tensors"]:
+def open_folder(folder: pathlib.Path, settings: dict) -> tuple[TransformerSpec, "Tensors"]:
+  """Opens a checkpoint folder without reading its tensors.
+
+  Args:
+    folder: holds `config.json` and safetensors.
+    settings: fields of TransformerSpec to set otherwise than the config says.
+
+  Raises:
+    ImportError, FileNotFoundError, ValueError: as `load_huggingface`.
+  """
   config = read_json(folder / "config.json")
   family = families.family_of_config(config)
   try:
     spec = family.to_spec(config)
   except KeyError as error:
     raise ValueError(f"{folder / 'config.json'}: field {error} is missing") from error
-  return dataclasses.replace(spec, **settings), _Tensors(folder, family)
+  return dataclasses.replace(spec, **settings), Tensors(folder, family)
 
 
-def _read_transformer(spec: TransformerSpec, tensors: "_Tensors", folder: Any) -> dict:
+def _read_transformer(spec: TransformerSpec, tensors: "Tensors", folder: Any) -> dict:
   table = tensors.family.table(spec)
   if spec.tied_head:
     tensors.drop_tied_head(table)
@@ -113,7 +122,7 @@ def save_huggingface(folder: str | pathlib.Path, spec: TransformerSpec, params: 
   params = parameters.stack_layers(params)
   names.check_shapes(params, _expected(spec), "the parameters")
   tensors = names.to_theirs(family.table(spec), params, spec)
-  _write_folder(pathlib.Path(folder), family, spec, tensors, {"architectures": [family.architecture]})
+  write_folder(pathlib.Path(folder), family, spec, tensors, {"architectures": [family.architecture]})
 
 
 def save_huggingface_reward_model(
@@ -143,16 +152,25 @@ def save_huggingface_reward_model(
   tensors[_SCORE] = np.ascontiguousarray(np.asarray(stacked["reward"]["kernel"]).T)
   architecture = re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", family.architecture)
   labels = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}, "pad_token_id": pad_token_id}
-  _write_folder(pathlib.Path(folder), family, trunk, tensors, {"architectures": [architecture], **labels})
+  write_folder(pathlib.Path(folder), family, trunk, tensors, {"architectures": [architecture], **labels})
 
 
-def _write_folder(
+def write_folder(
   folder: pathlib.Path,
   family: families.Family,
   spec: TransformerSpec,
   tensors: dict[str, np.ndarray],
   settings: dict[str, Any],
 ) -> None:
+  """Writes the two files of a checkpoint.
+
+  Args:
+    folder: made if absent.
+    family: of the transformer.
+    spec: its settings.
+    tensors: by the family's full names.
+    settings: further fields of `config.json`, `architectures` among them.
+  """
   safetensors_numpy = safetensors_package().numpy
   folder.mkdir(parents=True, exist_ok=True)
   # transformers refuses files whose metadata do not say "pt": its names and layouts, not torch's pickles.
@@ -168,7 +186,7 @@ def _write_folder(
   (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-class _Tensors(Mapping):
+class Tensors(Mapping):
   """The tensors of a folder under the family's full names, read when asked for."""
 
   def __init__(self, folder: pathlib.Path, family: families.Family):

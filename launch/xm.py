@@ -4,15 +4,17 @@
     --workdir=runs/beta
 
 --executor=local runs processes on this machine, without Docker, all at a time (nr.sweep --parallel runs
-some at a time, and copies stages that points share). --executor=vertex runs containers on Vertex AI: name
-an --image whose entry point is `python` and which holds nr (launch/Dockerfile makes one), the hardware with
---requirements=a100=8, and a --workdir that the containers see, such as /gcs/BUCKET/runs/beta. XManager's
-Vertex back end knows TPU v2 and v3 only; for newer ones there is launch/tpu_pod.py.
+some at a time, and copies stages that points share); --python names theirs where XManager has another one.
+--executor=vertex runs containers on Vertex AI: name an --image whose entry point is `python` and which
+holds nr (launch/Dockerfile makes one), the hardware with --requirements=a100=8, and a --workdir that the
+containers see, such as /gcs/BUCKET/runs/beta. XManager's Vertex back end knows TPU v2 and v3 only; for newer
+ones there is launch/tpu_pod.py.
 
 --only and --shard choose points as in nr.sweep; --dry_run prints the jobs, and needs no XManager. When all
 jobs have ended, `python -m nr.sweep ... --collect` makes the table.
 """
 
+import importlib
 import pathlib
 import shlex
 import sys
@@ -24,11 +26,17 @@ from nr import main as nr_main
 from nr import sweep as nr_sweep
 from nr.sweeps.points import SweepError
 
+if "xmanager" in sys.modules:  # the command `xmanager launch` passes a flag that this import defines
+  importlib.import_module("xmanager.xm")
+
 _EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "vertex"], "Where jobs run.")
 _REQUIREMENTS = flags.DEFINE_list(
   "requirements", [], "Of a Vertex job: RESOURCE=COUNT, such as a100=8,cpu=48."
 )
 _IMAGE = flags.DEFINE_string("image", None, "Container image of a Vertex job.")
+_PYTHON = flags.DEFINE_string(
+  "python", sys.executable, "Python of local jobs, where XManager has another one."
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the jobs; launch nothing.")
 
 TPU_OF_VERTEX = ("tpu_v2", "tpu_v3")
@@ -90,7 +98,7 @@ def executable_and_executor(xm: Any, xm_local: Any) -> tuple[Any, Any]:
   """Returns what runs a job, and where."""
   if _EXECUTOR.value == "local":
     executor = xm_local.Local()
-    return xm.Packageable(xm.Binary(path=sys.executable), xm_local.Local.Spec()), executor
+    return xm.Packageable(xm.Binary(path=_PYTHON.value), xm_local.Local.Spec()), executor
   if not _IMAGE.value:
     raise SweepError(
       "--image: Vertex runs containers; name an image whose entry point is python and which holds nr"
@@ -106,9 +114,7 @@ def launch(specs: list[JobSpec], title: str) -> None:
   with xm_local.create_experiment(experiment_title=title) as experiment:
     [executable] = experiment.package([packageable])
     for spec in specs:
-      experiment.add(
-        xm.Job(executable, executor, name=spec.name, args=xm.SequentialArgs.from_list(spec.arguments))
-      )
+      experiment.add(xm.Job(executable, executor, name=spec.name, args=spec.arguments))
 
 
 def main(argv: list[str]) -> None:
@@ -132,7 +138,7 @@ def main(argv: list[str]) -> None:
     if _EXECUTOR.value == "local":
       nr_sweep.remember(workdir, request.sweep, request.config_text, request.given, request.points)
     launch(specs, f"nr {request.sweep.text}")
-  except (SweepError, ImportError) as error:
+  except (SweepError, ImportError, RuntimeError) as error:  # the last when a local job has failed
     sys.exit(f"error: {nr_main.one_line(error)}")
 
 

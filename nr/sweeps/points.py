@@ -134,11 +134,11 @@ def applied(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
   for field, value in overrides.items():
     if field not in known:
       raise SweepError(_unknown_field(field, known))
-    _check_type(field, known[field], value)
     *parents, last = field.split(".")
     section = changed
     for parent in parents:
       section = section[parent]
+    _check_type(field, section.get_type(last), known[field], value)
     try:
       section[last] = value
     except (TypeError, ValueError) as error:
@@ -159,22 +159,22 @@ def _unknown_field(field: str, known: Mapping[str, Any]) -> str:
   return f"{field}: the config has no such field{'; ' + hint if hint else ''}"
 
 
-def _check_type(field: str, old: Any, new: Any) -> None:
-  """Refuses what nr.main's flags would refuse, or read as something else."""
-  is_number = isinstance(new, (int, float)) and not isinstance(new, bool)
-  allowed: dict[type, bool] = {
-    bool: isinstance(new, bool),
-    int: isinstance(new, int) and not isinstance(new, bool),
-    float: is_number,
-    str: isinstance(new, str),
-    tuple: isinstance(new, tuple),
+def _check_type(field: str, wanted: type, old: Any, new: Any) -> None:
+  """Refuses what nr.main's flags would refuse, or read as something else. A placeholder has a type and no value."""
+  allowed: dict[type, tuple[type, ...]] = {
+    bool: (bool,),
+    int: (int,),
+    float: (int, float),
+    str: (str,),
+    tuple: (tuple,),
   }
-  if not allowed.get(type(old), False):
-    wanted = type(old).__name__
+  if wanted not in allowed:
     raise SweepError(
-      f"{field}={new!r}: the config holds {old!r} there, so it takes a value of type {wanted}"
-      if type(old) in allowed
-      else f"{field}={new!r}: the config holds {old!r} there; fields of type {wanted} cannot be swept"
+      f"{field}={new!r}: the config holds {old!r} there; fields of type {wanted.__name__} cannot be swept"
+    )
+  if not isinstance(new, allowed[wanted]) or isinstance(new, bool) != (wanted is bool):
+    raise SweepError(
+      f"{field}={new!r}: the config holds {old!r} there, so it takes a value of type {wanted.__name__}"
     )
 
 

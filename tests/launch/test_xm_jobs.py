@@ -1,12 +1,13 @@
 """launch/xm.py: points become jobs of XManager; what it cannot launch is refused."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import pytest
+from absl.testing import flagsaver
 
 from nr import sweep as nr_sweep
 from nr.sweeps.points import SweepError
@@ -55,56 +56,48 @@ def test_the_extra_is_named(xm, monkeypatch):
     xm.import_xmanager()
 
 
-def recording_xmanager(calls):
-  """Stands in for XManager: what is packaged and added is written down."""
-
-  class Experiment:
-    def __enter__(self):
-      return self
-
-    def __exit__(self, *unused):
-      calls.append("closed")
-
-    def package(self, packageables):
-      calls.append(("package", packageables[0]))
-      return ["executable"]
-
-    def add(self, job):
-      calls.append(("add", job))
-
-  record = lambda kind: lambda *args, **kwargs: (kind, args, kwargs)  # noqa: E731
-  xm = types.SimpleNamespace(
-    Binary=record("binary"),
-    Container=record("container"),
-    Packageable=record("packageable"),
-    Job=record("job"),
-    JobRequirements=record("requirements"),
-    SequentialArgs=types.SimpleNamespace(from_list=list),
-  )
-  local, vertex = (types.SimpleNamespace(Spec=record("spec")) for _ in range(2))
-  local_type = type("Local", (), {"Spec": staticmethod(local.Spec)})
-  vertex_type = type(
-    "Vertex", (), {"Spec": staticmethod(vertex.Spec), "__init__": lambda self, requirements: None}
-  )
-  made = lambda experiment_title: calls.append(experiment_title) or Experiment()  # noqa: E731
-  return xm, types.SimpleNamespace(Local=local_type, Vertex=vertex_type, create_experiment=made)
-
-
-def test_jobs_are_added_one_a_point(xm, monkeypatch, tmp_path):
-  calls = []
-  monkeypatch.setattr(xm, "import_xmanager", lambda: recording_xmanager(calls))
-  specs = xm.job_specs(request_of(), [], "", tmp_path)
-  xm.launch(specs, "a title")
-  assert calls[0] == "a title" and calls[-1] == "closed"
-  assert calls[1][1][1][0] == ("binary", (), {"path": sys.executable})
-  assert [call[1][2]["args"] for call in calls[2:-1]] == [spec.arguments for spec in specs]
+def flags_of(workdir):
+  return [f"--config={TOY / 'toy_config.py'}", f"--sweep={TOY / 'toy_sweeps.py'}", f"--workdir={workdir}"]
 
 
 def test_a_dry_run_prints_the_jobs_and_needs_no_xmanager(tmp_path):
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-  flags = [f"--config={TOY / 'toy_config.py'}", f"--sweep={TOY / 'toy_sweeps.py'}", f"--workdir={tmp_path}/x"]
-  command = [sys.executable, str(ROOT / "launch" / "xm.py"), *flags, "--dry_run", "--only=rate=0.5"]
+  flags = [*flags_of(tmp_path / "x"), "--dry_run", "--only=rate=0.5"]
+  command = [sys.executable, str(ROOT / "launch" / "xm.py"), *flags]
   found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
   [line] = found.stdout.splitlines()
   assert line.startswith("python -m nr.main --config=") and "--config.train.rate=0.5" in line
   assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+  "start", [["-m", "xmanager.cli.cli", "launch", "launch/xm.py", "--"], ["launch/xm.py"]]
+)
+def test_xmanager_runs_the_jobs_on_this_machine(start, tmp_path):
+  pytest.importorskip("xmanager", reason="needs the extra [launch]")
+  # XManager keeps its experiments in the home folder.
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+  only = ["--only=rate=0.5", "--only=rate=0.75", "--config.seeds=(3, 4)"]
+  command = [sys.executable, *start, *flags_of(tmp_path / "x"), *only]
+  found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+  assert found.returncode == 1 and "error: Process" in found.stderr, "rate=0.75 fails"
+  held = json.loads((tmp_path / "x" / "points" / "rate=0.5" / "report.json").read_text())
+  assert held["arms"]["lift 0.5"]["loss"] == 4.0
+
+
+def test_a_vertex_job_is_a_container(xm):
+  real_xm = pytest.importorskip("xmanager.xm", reason="needs the extra [launch]")
+  from xmanager import xm_local
+
+  with flagsaver.flagsaver(executor="vertex", requirements=["a100=8", "cpu=48"], image="registry/nr"):
+    packageable, executor = xm.executable_and_executor(real_xm, xm_local)
+  assert packageable.executable_spec.image_path == "registry/nr"
+  assert executor.requirements.task_requirements[real_xm.ResourceType.A100] == 8
+  job = real_xm.Job(packageable, executor, name="x", args=["-m", "nr.main", "--config.seeds=(3, 4)"])
+  assert job.args.to_list(real_xm.utils.ARGV_ESCAPER) == ["-m", "nr.main", "--config.seeds=(3, 4)"]
+
+
+def test_vertex_needs_an_image(xm):
+  with flagsaver.flagsaver(executor="vertex"):
+    with pytest.raises(SweepError, match="--image: Vertex runs containers"):
+      xm.executable_and_executor(None, None)

@@ -59,6 +59,8 @@ def test_combinations_that_make_no_sense_are_refused(combine, words):
     ({"train.is_fast": 1}, "train.is_fast=1: .*type bool"),
     ({"seeds": [0, 1]}, r"seeds=\[0, 1\]: .*type tuple"),
     ({"base.name": None}, "base.name=None: .*type str"),
+    ({"base.width": 0.5}, "base.width=0.5: .*type int"),
+    ({"base.other": 1}, "base.other=1: .*fields of type NoneType cannot be swept"),
   ],
 )
 def test_a_point_that_does_not_fit_is_refused(overrides, words):
@@ -157,6 +159,7 @@ def test_flags_of_the_command_line_say_the_same():
     "seeds": (3,),
     "base.name": "a b|c='d'",
     "base.size": -2,
+    "base.width": 3,
     "arms.first.mode": "",
   }
   path = pathlib.Path(__file__).with_name("toy_config.py")

@@ -1,6 +1,7 @@
 """Config of the toy recipe."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(variant="tiny"):
@@ -10,7 +11,7 @@ def get_config(variant="tiny"):
       "variant": variant,
       "seed": 0,
       "seeds": (0,),
-      "base": {"size": 8, "name": "small"},
+      "base": {"size": 8, "name": "small", "width": placeholder(int), "other": None},
       "train": {"rate": 0.1, "is_fast": False},
       "arms": {"first": {"beta": 0.1, "mode": "on"}, "second": {"beta": 0.1, "mode": "on"}},
     }

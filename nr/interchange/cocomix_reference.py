@@ -106,12 +106,12 @@ def save_cocomix_reference(
       f"model_type {family.model_type!r}, tied_head={spec.tied_head}: the CoCoMix reference is a GPT-2 whose head "
       "is its token embedding; other models cannot be written under its names"
     )
-  allowed = {"mode": ("cocomix", "mix_only"), "norm": ("reference",)}
+  allowed = {"mode": ("cocomix", "mix_only"), "norm": ("reference",), "insert_every": (1,)}
   for field, values in allowed.items():
     if getattr(concepts, field) not in values:
       raise ValueError(
         f"ConceptMixingSpec.{field}={getattr(concepts, field)!r}: the CoCoMix reference computes "
-        f"{' or '.join(values)} only"
+        f"{' or '.join(map(str, values))} only"
       )
   params = parameters.stack_layers(params)
   names.check_shapes(params, _expected(spec, concepts), "the parameters")

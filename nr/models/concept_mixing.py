@@ -1,16 +1,18 @@
-"""CoCoMix: a transformer that predicts concepts and mixes them into its own stream.
+"""CoCoMix: a transformer that predicts concepts and mixes them into its own stream; and its baselines.
 
 Source: arXiv 2502.08524 section 2.2, with the normalisation of the released code.
 Before block `insert_at` every token's stream predicts concepts; the largest logits
 are compressed into one vector, the continuous concept, that becomes a row of its
 own behind the token's. Later blocks see twice the rows, and the next token is read
-at the concept rows.
+at the concept rows. Baselines (section 3.3) insert something else, or elsewhere:
+see `ConceptMixingSpec.mode`.
 
     model = ConceptMixingTransformer(transformer_spec, concept_spec, rngs=nnx.Rngs(key))
     output = model.forward(tokens_BL, labels_BLA=labels_BLA)
     logits_BLV = model.logits(output.hidden_BLD)
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +22,13 @@ from flax import nnx
 from nr.models import cache as caches
 from nr.models.attention import AttentionInputs
 from nr.models.cache import Cache, CacheSpec
-from nr.models.concept_head import ConceptPrediction, concept_logits, mix_concepts, predict_concepts
+from nr.models.concept_head import ConceptPrediction
 from nr.models.concept_intervention import ConceptIntervention
 from nr.models.concept_mixing_spec import ConceptMixingSpec
+from nr.models.concept_paths import ConceptPath, HiddenPath, PausePath
 from nr.models.concept_readout import run_last_block
-from nr.models.parameters import parameter
-from nr.models.partitioning import constrain
+from nr.models.concept_rows import RowLayout
+from nr.models.latent_thoughts import think
 from nr.models.transformer import Transformer, continued_rows
 from nr.models.transformer_spec import TransformerSpec
 
@@ -39,9 +42,6 @@ __all__ = [
   "ConceptPrediction",
 ]
 
-# Added to the standard deviation, not to the variance: as the released code does.
-NORM_EPSILON = 1e-5
-
 
 class ConceptMixingOutput(NamedTuple):
   """What one pass over a batch yields.
@@ -49,11 +49,13 @@ class ConceptMixingOutput(NamedTuple):
   Attributes:
     hidden_BLD: final-normed stream at the readout rows, compute type; row t
       predicts token t + 1.
-    concepts: the concept predictions, or None in mode "none".
+    concepts: the concept predictions, or None in modes that make none.
+    regressed_BLE: in mode "hidden", the predictions of the teacher's tapped state.
   """
 
   hidden_BLD: jax.Array
   concepts: ConceptPrediction | None
+  regressed_BLE: jax.Array | None = None
 
 
 class ConceptMixingCache(NamedTuple):
@@ -61,11 +63,14 @@ class ConceptMixingCache(NamedTuple):
 
   Attributes:
     lower: blocks 0..insert_at, one slot a token.
-    upper: the other blocks, two slots a token where concepts have rows of their own.
+    upper: the other blocks, two slots a token where rows are inserted.
+    thoughts: in mode "thought", the other blocks once more for each earlier pass: the
+      first with one slot a token, the refinements with two.
   """
 
   lower: Cache
   upper: Cache
+  thoughts: tuple[Cache, ...] = ()
 
   @property
   def capacity(self) -> int:
@@ -78,130 +83,28 @@ class ConceptMixingCache(NamedTuple):
     return self.lower.length
 
 
-class ConceptHead(nnx.Module):
-  """Parameters of the linear map from the stream to concept logits."""
+class Insertion(NamedTuple):
+  """What the insertion makes of the stream that arrives at it.
 
-  def __init__(self, model: TransformerSpec, num_concepts: int, *, rngs: nnx.Rngs):
-    normal, zeros = jax.nn.initializers.normal(model.init_std), jax.nn.initializers.zeros
-    shape = (model.model_dim, num_concepts)
-    self.kernel = parameter(rngs.params(), normal, shape, ("embed", "concepts"), model.param_dtype)
-    self.bias = parameter(rngs.params(), zeros, shape[1:], ("concepts",), model.param_dtype)
-
-
-class ConceptCompression(nnx.Module):
-  """Parameters of the linear map from selected concepts back to the stream."""
-
-  def __init__(self, model: TransformerSpec, num_concepts: int, *, rngs: nnx.Rngs):
-    normal, zeros = jax.nn.initializers.normal(model.init_std), jax.nn.initializers.zeros
-    shape = (num_concepts, model.model_dim)
-    self.kernel = parameter(rngs.params(), normal, shape, ("concepts", "embed"), model.param_dtype)
-    self.bias = parameter(rngs.params(), zeros, shape[1:], ("embed",), model.param_dtype)
-
-
-class ConceptPath(nnx.Module):
-  """From the stream to concept logits, and from the largest of them to one vector.
-
-  With h the stream entering block `insert_at`, mu its mean, s its standard
-  deviation over D (denominator D - 1), M, a the head, W, b the compression and p
-  the shared `pre_bias`:
-
-      z = M ((h - mu) / (s + 1e-5) - p) + a
-      c = (W top_k(z) + b + p) s + mu
-
-  The selected logits themselves are the coefficients: no softmax, no ReLU.
-  Gradients reach mu, s and the selected logits, and not the choice.
+  Attributes:
+    rows_BRD: the stream that enters block `insert_at`.
+    attention: positions and segments of its rows.
+    layout: which row is whose; None without rows besides those of the tokens.
+    concepts: as in `ConceptMixingOutput`.
+    regressed_BLE: likewise.
+    thoughts: caches of the earlier passes, extended; () without any.
   """
 
-  def __init__(self, model: TransformerSpec, spec: ConceptMixingSpec, *, rngs: nnx.Rngs):
-    self.spec = spec
-    self.dtype = model.dtype
-    self.head = ConceptHead(model, spec.num_concepts, rngs=rngs)
-    self.compression = ConceptCompression(model, spec.num_concepts, rngs=rngs) if spec.is_mixing else None
-    zeros, shape = jax.nn.initializers.zeros, (model.model_dim,)
-    self.pre_bias = parameter(rngs.params(), zeros, shape, ("embed",), model.param_dtype)
-
-  def predict(
-    self,
-    h_BLD: jax.Array,
-    labels_BLA: jax.Array | None = None,
-    intervention: ConceptIntervention | None = None,
-  ) -> ConceptPrediction:
-    """Predicts concepts from the stream [B, L, D]; see `predict_concepts`."""
-    is_chunked = self.spec.head_impl == "fused" and self.spec.chunk_length > 0
-    return predict_concepts(
-      *self._head_operands(h_BLD),
-      k=self.spec.top_k,
-      labels_BLA=labels_BLA,
-      intervention=intervention,
-      top_k_impl=self.spec.top_k_impl,
-      chunk_length=self.spec.chunk_length if is_chunked else None,
-    )
-
-  def logits(self, h_BLD: jax.Array) -> jax.Array:
-    """Returns all concept logits, float32 [B, L, C]: for probes and small models."""
-    return concept_logits(*self._head_operands(h_BLD))
-
-  def _head_operands(self, h_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the normalised stream, the kernel and the bias."""
-    mean_BL1, std_BL1 = self._statistics(h_BLD)
-    u_BLD = (h_BLD.astype(jnp.float32) - mean_BL1) / (std_BL1 + self._epsilon)
-    u_BLD = u_BLD - self.pre_bias[...].astype(jnp.float32)
-    kernel_DC, bias_C = self.head.kernel[...], self.head.bias[...]
-    return u_BLD.astype(self.dtype), kernel_DC.astype(self.dtype), bias_C.astype(jnp.float32)
-
-  def mix(self, h_BLD: jax.Array, prediction: ConceptPrediction) -> jax.Array:
-    """Returns the continuous concepts [B, L, D], in the type and at the scale of the stream."""
-    mean_BL1, std_BL1 = self._statistics(h_BLD)
-    kernel_CD = self.compression.kernel[...].astype(self.dtype)
-    settings = dict(implementation=self.spec.compression_impl)
-    e_BLD = mix_concepts(prediction.values_BLK, prediction.indices_BLK, kernel_CD, **settings)
-    e_BLD = e_BLD + self.compression.bias[...].astype(jnp.float32) + self.pre_bias[...].astype(jnp.float32)
-    c_BLD = (e_BLD * std_BL1 + mean_BL1).astype(h_BLD.dtype)
-    return constrain(c_BLD, "batch", "length", "activation_embed")
-
-  @property
-  def _epsilon(self) -> float:
-    return NORM_EPSILON if self.spec.norm == "reference" else 0.0
-
-  def _statistics(self, h_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns float32 mean and unbiased standard deviation [B, L, 1]; 0 and 1 without norm."""
-    if self.spec.norm == "none":
-      return jnp.zeros((*h_BLD.shape[:-1], 1)), jnp.ones((*h_BLD.shape[:-1], 1))
-    wide_BLD = h_BLD.astype(jnp.float32)
-    mean_BL1 = wide_BLD.mean(axis=-1, keepdims=True)
-    centred_BLD = wide_BLD - mean_BL1
-    variance_BL1 = (centred_BLD * centred_BLD).sum(axis=-1, keepdims=True) / (h_BLD.shape[-1] - 1)
-    # The square root has no finite gradient at 0 (a constant row); 0 serves there.
-    is_zero_BL1 = variance_BL1 == 0
-    std_BL1 = jnp.sqrt(jnp.where(is_zero_BL1, 1.0, variance_BL1))
-    return mean_BL1, jnp.where(is_zero_BL1, 0.0, std_BL1)
-
-
-def interleave(first_BLD: jax.Array, second_BLD: jax.Array) -> jax.Array:
-  """Returns [B, 2L, D]: row 2t from `first`, row 2t + 1 from `second`."""
-  B, L, D = first_BLD.shape
-  rows = jnp.stack([first_BLD, second_BLD], axis=2).reshape(B, 2 * L, D)
-  return constrain(rows, "batch", "length", "activation_embed")
-
-
-def double_rows(attention: AttentionInputs) -> AttentionInputs:
-  """Gives each concept row the position and the segment of its token.
-
-  In a tree, both rows of a token see both rows of its ancestors, its own token row,
-  and only the concept row sees itself.
-  """
-  positions_BR = jnp.repeat(attention.positions_BL, 2, axis=1)
-  segment_ids_BR, visible_BRR = attention.segment_ids_BL, attention.visible_BLL
-  if segment_ids_BR is not None:
-    segment_ids_BR = jnp.repeat(segment_ids_BR, 2, axis=1)
-  if visible_BRR is not None:
-    visible_BRR = jnp.repeat(jnp.repeat(visible_BRR, 2, axis=1), 2, axis=2)
-    visible_BRR = visible_BRR & jnp.tril(jnp.ones(visible_BRR.shape[1:], bool))
-  return AttentionInputs(positions_BR, segment_ids_BR, visible_BRR)
+  rows_BRD: jax.Array
+  attention: AttentionInputs
+  layout: RowLayout | None
+  concepts: ConceptPrediction | None = None
+  regressed_BLE: jax.Array | None = None
+  thoughts: tuple[Cache, ...] = ()
 
 
 class ConceptMixingTransformer(nnx.Module):
-  """A transformer with a concept path before block `insert_at`.
+  """A transformer that inserts rows of concepts, or of a baseline, before block `insert_at`.
 
   Arguments shared by the methods are those of `Transformer`, and
     labels_BLA: integer [B, L, A] label concepts, 65535 for none; asks for their logits.
@@ -217,7 +120,7 @@ class ConceptMixingTransformer(nnx.Module):
     self.spec = spec
     self.concept_spec = concept_spec
     self.transformer = Transformer(spec, rngs=rngs)
-    self.concepts = None if concept_spec.mode == "none" else ConceptPath(spec, concept_spec, rngs=rngs)
+    self.concepts = _make_path(spec, concept_spec, rngs)
 
   @property
   def unembedding_VD(self) -> jax.Array:
@@ -243,9 +146,12 @@ class ConceptMixingTransformer(nnx.Module):
     x_BLD, attention = self.transformer.enter(tokens_BL, positions_BL, segment_ids_BL, key=embed_key)
     insert_at = self.concept_spec.insert_at
     x_BLD, _ = self.transformer.run_blocks(x_BLD, 0, insert_at, attention=attention, key=block_key)
-    x_BLD, attention, concepts = self.insert(x_BLD, attention, labels_BLA, intervention)
-    x_BLD = self._run_upper(x_BLD, attention, block_key)
-    return ConceptMixingOutput(self.transformer.final_norm(x_BLD), concepts)
+    is_counted_from_0 = positions_BL is None and segment_ids_BL is None
+    inserted = self.insert(
+      x_BLD, attention, labels_BLA, intervention, is_counted_from_0=is_counted_from_0, key=block_key
+    )
+    x_BLD = self.transformer.final_norm(self._run_upper(inserted, block_key))
+    return ConceptMixingOutput(x_BLD, inserted.concepts, inserted.regressed_BLE)
 
   def hidden(self, tokens_BL: jax.Array, **settings: Any) -> jax.Array:
     """Returns final-normed hidden states [B, L, D]; settings as of `forward`."""
@@ -261,37 +167,62 @@ class ConceptMixingTransformer(nnx.Module):
     attention: AttentionInputs,
     labels_BLA: jax.Array | None = None,
     intervention: ConceptIntervention | None = None,
-  ) -> tuple[jax.Array, AttentionInputs, ConceptPrediction | None]:
+    *,
+    is_counted_from_0: bool = False,
+    thoughts: tuple[Cache, ...] | None = None,
+    key: jax.Array | None = None,
+  ) -> Insertion:
     """Turns the stream that arrives at the insertion into the one that enters block `insert_at`.
 
-    Returns:
-      The stream ([B, 2L, D] when concepts have rows), the attention inputs of its
-      rows, and the predictions (None in mode "none").
+    Args:
+      x_BLD: the stream.
+      attention: positions and segments of the tokens.
+      labels_BLA: see the class.
+      intervention: see the class.
+      is_counted_from_0: whether positions are known to be 0, 1, ..., L - 1. With `insert_every`
+        above 1 there are fewer rows then; same values.
+      thoughts: caches of earlier passes, for mode "thought" while decoding.
+      key: random key for dropout in those passes.
     """
-    spec = self.concept_spec
-    if intervention is not None and not spec.is_mixing:
-      raise ValueError(f"intervention: mode {spec.mode!r} mixes no concepts, so that it would change nothing")
-    if labels_BLA is not None and self.concepts is None:
-      raise ValueError("labels_BLA: mode 'none' predicts no concepts; leave the labels out")
-    if self.concepts is None:
-      return x_BLD, attention, None
-    prediction = self.concepts.predict(x_BLD, labels_BLA, intervention)
-    if not spec.is_mixing:
-      return x_BLD, attention, prediction
-    c_BLD = self.concepts.mix(x_BLD, prediction)
+    spec, path = self.concept_spec, self.concepts
+    self._check_use(labels_BLA, intervention)
+    prediction = path.predict(x_BLD, labels_BLA, intervention) if spec.is_predicting else None
+    if spec.mode == "add":
+      return Insertion(x_BLD + path.mix(x_BLD, prediction), attention, None, prediction)
     if not spec.is_interleaving:
-      return x_BLD + c_BLD, attention, prediction
-    return interleave(x_BLD, c_BLD), double_rows(attention), prediction
+      return Insertion(x_BLD, attention, None, prediction)
+    layout = RowLayout.of(attention, spec.insert_every, is_counted_from_0)
+    parents_BMD, regressed_BLE, passes = layout.parents(x_BLD), None, ()
+    if spec.mode == "pause":
+      c_BMD = path.rows(parents_BMD)
+    elif spec.mode == "hidden":
+      regressed_BLE = path.predict(x_BLD)
+      c_BMD = path.mix(parents_BMD, layout.parents(regressed_BLE))
+    elif spec.mode == "thought":
+      settings = dict(refinements=spec.refinements, norm=spec.norm, caches=thoughts, key=key)
+      c_BMD, passes = think(self.transformer, spec.insert_at, x_BLD, attention, layout, **settings)
+    else:
+      c_BMD = path.mix(parents_BMD, jax.tree.map(layout.parents, prediction))
+    rows_BRD, attention = layout.insert(x_BLD, c_BMD), layout.attention(attention)
+    return Insertion(rows_BRD, attention, layout, prediction, regressed_BLE, passes)
 
-  def _run_upper(self, x_BLD: jax.Array, attention: AttentionInputs, key: jax.Array | None) -> jax.Array:
+  def _check_use(self, labels_BLA: jax.Array | None, intervention: ConceptIntervention | None) -> None:
+    mode = self.concept_spec.mode
+    if intervention is not None and not self.concept_spec.is_mixing:
+      raise ValueError(f"intervention: mode {mode!r} mixes no concepts, so that it would change nothing")
+    if labels_BLA is not None and not self.concept_spec.is_predicting:
+      raise ValueError(f"labels_BLA: mode {mode!r} predicts no concepts; leave the labels out")
+
+  def _run_upper(self, inserted: Insertion, key: jax.Array | None) -> jax.Array:
     """Runs blocks `insert_at` and later, and keeps the readout rows."""
+    rows_BRD, attention, layout = inserted.rows_BRD, inserted.attention, inserted.layout
     run, start = self.transformer.run_blocks, self.concept_spec.insert_at
-    if not self.concept_spec.is_interleaving:
-      return run(x_BLD, start, attention=attention, key=key)[0]
-    if self.concept_spec.last_block == "all_rows":
-      return run(x_BLD, start, attention=attention, key=key)[0][:, 1::2]
-    x_BLD, _ = run(x_BLD, start, self.spec.num_layers - 1, attention=attention, key=key)
-    return run_last_block(self.transformer, x_BLD, attention, key=key)
+    if layout is None:
+      return run(rows_BRD, start, attention=attention, key=key)[0]
+    if self.concept_spec.last_block == "all_rows" or self.concept_spec.insert_every > 1:
+      return layout.readout(run(rows_BRD, start, attention=attention, key=key)[0])
+    rows_BRD, _ = run(rows_BRD, start, self.spec.num_layers - 1, attention=attention, key=key)
+    return run_last_block(self.transformer, rows_BRD, attention, key=key)
 
   def init_cache(
     self,
@@ -302,47 +233,63 @@ class ConceptMixingTransformer(nnx.Module):
     uneven: bool = False,
     layout: CacheSpec | None = None,
   ) -> ConceptMixingCache:
-    """Makes an empty cache for `length` tokens a row, padding included; see `Transformer.init_cache`."""
-    insert_at, rows = self.concept_spec.insert_at, self._rows_per_token
-    make, settings = self.transformer.init_cache, dict(uneven=uneven, layout=layout)
-    return ConceptMixingCache(
-      make(batch, length, dtype, start=0, stop=insert_at, **settings),
-      make(batch, rows * length, dtype, start=insert_at, rows_per_token=rows, **settings),
-    )
+    """Makes an empty cache for `length` tokens a row, padding included; see `Transformer.init_cache`.
+
+    Raises:
+      ValueError: as `Transformer.init_cache`, or a paged layout with `insert_every` above 1.
+    """
+    spec, rows = self.concept_spec, self._rows_per_token
+    if spec.insert_every > 1 and layout is not None and layout.layout == "paged":
+      raise ValueError(
+        f"CacheSpec.layout='paged' shows every row that was read, and with insert_every={spec.insert_every} some "
+        "rows are to be unseen; use another layout"
+      )
+
+    def make(start: int, stop: int | None, rows_per_token: int) -> Cache:
+      settings = dict(uneven=uneven, layout=layout, rows_per_token=rows_per_token)
+      slots = rows_per_token * length
+      return self.transformer.init_cache(batch, slots, dtype, start=start, stop=stop, **settings)
+
+    passes = ()
+    if spec.mode == "thought":
+      passes = tuple(make(spec.insert_at, None, count) for count in (1, *[rows] * spec.refinements))
+    return ConceptMixingCache(make(0, spec.insert_at, 1), make(spec.insert_at, None, rows), passes)
 
   @property
   def _rows_per_token(self) -> int:
     """Rows of a token in the blocks above the insertion."""
     return 2 if self.concept_spec.is_interleaving else 1
 
+  def _each(self, cache: ConceptMixingCache, change: Callable[[Cache, int], Cache]) -> ConceptMixingCache:
+    """Applies `change`, a function of a cache and of the slots of a token in it, to all parts."""
+    rows = self._rows_per_token
+    thoughts = tuple(change(part, rows if index else 1) for index, part in enumerate(cache.thoughts))
+    return ConceptMixingCache(change(cache.lower, 1), change(cache.upper, rows), thoughts)
+
   def fork(self, cache: ConceptMixingCache, rows_B: jax.Array) -> ConceptMixingCache:
     """Returns a cache whose row b continues row `rows_B[b]` of `cache`; any number of rows."""
-    return ConceptMixingCache(*(caches.take_rows(part, rows_B) for part in cache))
+    return self._each(cache, lambda part, rows: caches.take_rows(part, rows_B))
 
   def share_prefix(
     self, cache: ConceptMixingCache, num_samples: int, prefix_length: int
   ) -> ConceptMixingCache:
     """Forks each row into `num_samples` that read one copy of its first `prefix_length` tokens."""
-    return ConceptMixingCache(
-      caches.share_prefix(cache.lower, num_samples, prefix_length),
-      caches.share_prefix(cache.upper, num_samples, self._rows_per_token * prefix_length),
-    )
+    return self._each(cache, lambda part, rows: caches.share_prefix(part, num_samples, rows * prefix_length))
 
   def rollback(self, cache: ConceptMixingCache, length: jax.Array) -> ConceptMixingCache:
     """Forgets all but the first `length` tokens (scalar, or [B] for an uneven cache)."""
-    upper = caches.rollback(cache.upper, self._rows_per_token * jnp.asarray(length))
-    return ConceptMixingCache(caches.rollback(cache.lower, length), upper)
+    return self._each(cache, lambda part, rows: caches.rollback(part, rows * jnp.asarray(length)))
 
   def keep_path(
     self, cache: ConceptMixingCache, start_B: jax.Array, offsets_BA: jax.Array
   ) -> ConceptMixingCache:
     """Keeps one path of a tree of tokens read from token `start_B` on; see `nr.models.cache.keep_path`."""
-    rows = self._rows_per_token
-    upper_BR = (rows * offsets_BA[..., None] + jnp.arange(rows)).reshape(offsets_BA.shape[0], -1)
-    return ConceptMixingCache(
-      caches.keep_path(cache.lower, start_B, offsets_BA),
-      caches.keep_path(cache.upper, rows * start_B, upper_BR),
-    )
+
+    def keep(part: Cache, rows: int) -> Cache:
+      slots_BR = (rows * offsets_BA[..., None] + jnp.arange(rows)).reshape(offsets_BA.shape[0], -1)
+      return caches.keep_path(part, rows * start_B, slots_BR)
+
+    return self._each(cache, keep)
 
   def extend_hidden(
     self,
@@ -362,11 +309,13 @@ class ConceptMixingTransformer(nnx.Module):
     insert_at = self.concept_spec.insert_at
     x_BLD = self.transformer.embed(tokens_BL, attention.positions_BL)
     x_BLD, lower = self.transformer.run_blocks(x_BLD, 0, insert_at, attention=attention, cache=cache.lower)
-    x_BLD, attention, _ = self.insert(x_BLD, attention, intervention=intervention)
-    x_BLD, upper = self.transformer.run_blocks(x_BLD, insert_at, attention=attention, cache=cache.upper)
-    if self.concept_spec.is_interleaving:
-      x_BLD = x_BLD[:, 1::2]
-    return self.transformer.final_norm(x_BLD), ConceptMixingCache(lower, upper)
+    inserted = self.insert(x_BLD, attention, intervention=intervention, thoughts=cache.thoughts)
+    x_BLD, upper = self.transformer.run_blocks(
+      inserted.rows_BRD, insert_at, attention=inserted.attention, cache=cache.upper
+    )
+    if inserted.layout is not None:
+      x_BLD = inserted.layout.readout(x_BLD)
+    return self.transformer.final_norm(x_BLD), ConceptMixingCache(lower, upper, inserted.thoughts)
 
   def extend(
     self,
@@ -381,3 +330,14 @@ class ConceptMixingTransformer(nnx.Module):
     settings = dict(visible_BLL=visible_BLL, intervention=intervention)
     x_BLD, cache = self.extend_hidden(tokens_BL, cache, valid_BL, **settings)
     return self.logits(x_BLD), cache
+
+
+def _make_path(spec: TransformerSpec, concept_spec: ConceptMixingSpec, rngs: nnx.Rngs) -> nnx.Module | None:
+  """Makes the module that says what is inserted; modes "thought" and "none" have no parameters of their own."""
+  if concept_spec.is_predicting:
+    return ConceptPath(spec, concept_spec, rngs=rngs)
+  if concept_spec.mode == "pause":
+    return PausePath(spec, rngs=rngs)
+  if concept_spec.mode == "hidden":
+    return HiddenPath(spec, concept_spec, rngs=rngs)
+  return None

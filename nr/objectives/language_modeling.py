@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from nr.objectives.chunks import over_positions
 from nr.objectives.weighted import Weighted
 
 
-def _nll(hidden_BLD: jax.Array, unembedding_VD: jax.Array, targets_BL: jax.Array) -> jax.Array:
+def _nll(unembedding_VD: jax.Array, hidden_BLD: jax.Array, targets_BL: jax.Array) -> jax.Array:
   head_VD = unembedding_VD.astype(hidden_BLD.dtype)
-  logits_BLV = jnp.einsum("bld,vd->blv", hidden_BLD, head_VD, preferred_element_type=jnp.float32)
+  wide = jnp.promote_types(hidden_BLD.dtype, jnp.float32)
+  logits_BLV = jnp.einsum("bld,vd->blv", hidden_BLD, head_VD, preferred_element_type=wide)
   # A comparison instead of a look-up: no scatter in the gradient, and no gather
   # across devices when the vocabulary is sharded.
   is_target_BLV = jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
@@ -31,9 +33,7 @@ def token_nll(
     unembedding_VD: output head.
     targets_BL: int32 target ids. An id outside [0, V) gives logsumexp, finite.
     chunk_size: about how many tokens to hold logits for at a time, at least one
-      position of every row; None: all. Chunks are cut along L, so that a sharded
-      batch axis stays whole, and their logits are computed again for the gradient,
-      which is exact: neither pass ever holds [B, L, V].
+      position of every row; None: all. Exact: see `over_positions`.
 
   Returns:
     float32 [B, L].
@@ -41,28 +41,7 @@ def token_nll(
   Raises:
     ValueError: if chunk_size is not positive.
   """
-  if chunk_size is not None and chunk_size < 1:
-    raise ValueError(f"chunk_size={chunk_size!r}: give a positive number of tokens, or None for no chunks")
-  B, L = targets_BL.shape
-  if chunk_size is None or chunk_size >= B * L:
-    return _nll(hidden_BLD, unembedding_VD, targets_BL)
-  num_chunks = -(-L // max(1, chunk_size // B))
-  width = -(-L // num_chunks)
-  padding = num_chunks * width - L
-
-  def cut(x: jax.Array) -> jax.Array:
-    x = jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
-    return x.reshape(B, num_chunks, width, *x.shape[2:]).swapaxes(0, 1)
-
-  @jax.checkpoint
-  def step(head_VD: jax.Array, hidden_BWD: jax.Array, targets_BW: jax.Array) -> jax.Array:
-    return _nll(hidden_BWD, head_VD, targets_BW)
-
-  def scan_step(_, chunk):
-    return None, step(unembedding_VD, *chunk)
-
-  _, nll_CBW = jax.lax.scan(scan_step, None, (cut(hidden_BLD), cut(targets_BL)))
-  return nll_CBW.transpose(1, 0, 2).reshape(B, num_chunks * width)[:, :L]
+  return over_positions(_nll, unembedding_VD, (hidden_BLD, targets_BL), chunk_size)
 
 
 def next_token_loss(

@@ -15,12 +15,8 @@ from cocomix_models import (
 from flax import nnx
 
 from nr.models.attention import AttentionInputs
-from nr.models.concept_mixing import (
-  ConceptMixingSpec,
-  ConceptMixingTransformer,
-  double_rows,
-  interleave,
-)
+from nr.models.concept_mixing import ConceptMixingSpec, ConceptMixingTransformer
+from nr.models.concept_rows import RowLayout
 from nr.models.parameters import logical_axes, merge, split, unstack_layers
 
 
@@ -46,11 +42,11 @@ def test_packed_documents_and_padding_equal_separate_ones(spec):
 
 
 def test_a_concept_row_has_the_rotary_position_and_segment_of_its_token():
-  doubled = double_rows(AttentionInputs(jnp.array([[0, 1, 2]]), jnp.array([[1, 1, 2]])))
+  doubled = RowLayout(3).attention(AttentionInputs(jnp.array([[0, 1, 2]]), jnp.array([[1, 1, 2]])))
   assert doubled.positions_BL.tolist() == [[0, 0, 1, 1, 2, 2]]
   assert doubled.segment_ids_BL.tolist() == [[1, 1, 1, 1, 2, 2]]
-  assert double_rows(AttentionInputs(jnp.array([[0]]))).segment_ids_BL is None
-  rows = interleave(jnp.array([[[1.0], [2.0]]]), jnp.array([[[3.0], [4.0]]]))
+  assert RowLayout(1).attention(AttentionInputs(jnp.array([[0]]))).segment_ids_BL is None
+  rows = RowLayout(2).insert(jnp.array([[[1.0], [2.0]]]), jnp.array([[[3.0], [4.0]]]))
   assert rows[0, :, 0].tolist() == [1, 3, 2, 4]
 
 
@@ -65,7 +61,7 @@ def test_rotary_model_depends_on_distances_only():
 def test_adding_keeps_the_rows_and_mix_only_is_the_same_model():
   tokens = make_tokens()
   added = make_model(concepts=concept_spec(mode="add"))
-  x, attention, _ = added.insert(jnp.ones((2, 10, 16)).at[..., 0].set(0), AttentionInputs(tokens))
+  x, attention = added.insert(jnp.ones((2, 10, 16)).at[..., 0].set(0), AttentionInputs(tokens))[:2]
   assert x.shape == (2, 10, 16) and attention.positions_BL.shape == (2, 10)
   only = make_model(concepts=concept_spec(mode="mix_only"))
   np.testing.assert_array_equal(make_model()(tokens), only(tokens))
@@ -112,7 +108,6 @@ def test_every_parameter_has_logical_axes():
 @pytest.mark.parametrize(
   "settings, message",
   [
-    (dict(mode="pause"), r"mode='pause': not available yet; available are cocomix, mix_only"),
     (dict(mode="mixed"), r"mode='mixed': choose one of cocomix"),
     (dict(top_k_impl="approximate"), "top_k_impl='approximate': not available yet; available are chunked"),
     (dict(norm="ref"), "norm='ref': choose one of reference, none"),

@@ -22,9 +22,8 @@ from nr.models.concept_mixing import (
   ConceptMixingSpec,
   ConceptMixingTransformer,
   ConceptPath,
-  double_rows,
-  interleave,
 )
+from nr.models.concept_rows import RowLayout
 from nr.models.parameters import merge, split
 from nr.models.transformer import Transformer, TransformerSpec
 
@@ -127,10 +126,11 @@ def test_07_a_token_does_not_see_its_own_concept(spec):
   model = make_model(spec)
   tokens = make_tokens(batch=1, length=4)
   h = stream_at_insertion(model, tokens)
-  attention = double_rows(attention_inputs(tokens))
+  layout = RowLayout(4)
+  attention = layout.attention(attention_inputs(tokens))
 
   def block_output(c):
-    return model.transformer.run_blocks(interleave(h, c), 1, 2, attention=attention)[0][0]
+    return model.transformer.run_blocks(layout.insert(h, c), 1, 2, attention=attention)[0][0]
 
   c = model.concepts.mix(h, model.concepts.predict(h))
   jacobian = jax.jit(jax.jacrev(block_output))(c)[:, :, 0]  # [row, D, t, D]
@@ -145,7 +145,7 @@ def test_07_a_token_does_not_see_its_own_concept(spec):
 def test_08_masking_concept_rows_gives_the_plain_transformer(spec):
   model = make_model(spec)
   tokens = make_tokens()
-  rows, attention, _ = model.insert(stream_at_insertion(model, tokens), attention_inputs(tokens))
+  rows, attention = model.insert(stream_at_insertion(model, tokens), attention_inputs(tokens))[:2]
   # Token rows in segment 1 and concept rows in segment 2 do not see each other.
   segments = jnp.broadcast_to(jnp.arange(2 * LENGTH) % 2 + 1, (2, 2 * LENGTH))
   attention = attention._replace(segment_ids_BL=segments)

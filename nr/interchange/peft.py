@@ -2,10 +2,12 @@
 
 A folder of `adapter_config.json` and `adapter_model.safetensors`, with tensors such as
 base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [r, in] and .lora_B.weight
-[out, r]. Names come from the name map of the model's family. Pickled adapters
-(`adapter_model.bin`) are never opened. Needs `safetensors` (extra [hub]), not PEFT.
+[out, r], with DoRA also .lora_magnitude_vector [out]. Names come from the name map of the
+model's family. Pickled adapters (`adapter_model.bin`) are never opened. Needs `safetensors`
+(extra [hub]), not PEFT.
 """
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -28,7 +30,6 @@ _PREFIX = "base_model.model."
 # Settings under which an adapter is more, or less, than a product added to every layer's weight.
 _PLAIN = {
   "peft_type": ("LORA",),
-  "use_dora": (False, None),
   "use_qalora": (False, None),
   "bias": ("none", None),
   "lora_bias": (False, None),
@@ -39,6 +40,11 @@ _PLAIN = {
   "layer_replication": (None,),
   "target_parameters": (None, []),
   "trainable_token_indices": (None,),
+  "alora_invocation_tokens": (None,),
+  "use_bdlora": (False, None),
+  **{f"{kind}_config": (None,) for kind in ("arrow", "kasa", "monteclora", "velora")},
+  # Other beginnings (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the weights under the adapter too.
+  "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -99,13 +105,19 @@ def load_peft(folder: str | pathlib.Path, spec: TransformerSpec) -> tuple[LoraSp
   Raises:
     ImportError: `safetensors` is not installed.
     FileNotFoundError: a file is missing.
-    ValueError: settings other than those of plain LoRA, or tensors that are missing,
+    ValueError: settings other than those of LoRA, rsLoRA and DoRA, or tensors that are missing,
       unknown or of a wrong shape; the message names them.
   """
   folder = pathlib.Path(folder)
   config = read_json(folder / CONFIG)
   _check_plain(config, folder)
   tensors = _read_tensors(folder)
+  lora = LoraSpec(
+    rank=config["r"],
+    alpha=float(config["lora_alpha"]),
+    is_rank_stabilised=bool(config.get("use_rslora", False)),
+    is_weight_decomposed=bool(config.get("use_dora", False)),
+  )
   adapter: dict = {}
   targets = []
   for module in _modules(spec):
@@ -113,12 +125,13 @@ def load_peft(folder: str | pathlib.Path, spec: TransformerSpec) -> tuple[LoraSp
     present = [name for name in expected if f"{name}.lora_A.weight" in tensors]
     if not present:
       continue
-    pairs = []
+    layers = []
     for name in expected:
-      if missing := [key for key in _keys(name) if key not in tensors]:
-        raise ValueError(f"{folder / TENSORS}: {missing[0]} is missing; every layer needs both factors")
-      pairs.append(tuple(np.asarray(tensors.pop(key), np.float32) for key in _keys(name)))
-    _split_module(module, expected, pairs, config["r"], adapter)
+      keys = _keys(name, lora)
+      if missing := [key for key in keys.values() if key not in tensors]:
+        raise ValueError(f"{folder / TENSORS}: {missing[0]} is missing; every layer needs all of its factors")
+      layers.append({factor: np.asarray(tensors.pop(key), np.float32) for factor, key in keys.items()})
+    _split_module(module, expected, layers, lora, adapter)
     targets += [re.escape(path) for path in module.paths]
   if tensors:
     shown = ", ".join(sorted(tensors)[:4])
@@ -128,17 +141,13 @@ def load_peft(folder: str | pathlib.Path, spec: TransformerSpec) -> tuple[LoraSp
     )
   if not targets:
     raise ValueError(f"{folder / TENSORS}: holds no factors; save the adapter again")
-  lora = LoraSpec(
-    rank=config["r"],
-    alpha=float(config["lora_alpha"]),
-    targets=tuple(targets),
-    is_rank_stabilised=bool(config.get("use_rslora", False)),
-  )
-  return lora, adapter
+  return dataclasses.replace(lora, targets=tuple(targets)), adapter
 
 
-def _keys(name: str) -> tuple[str, str]:
-  return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+def _keys(name: str, lora: LoraSpec) -> dict[str, str]:
+  """Returns the names in the file of a module's factors, by ours."""
+  theirs = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+  return {factor: f"{name}.{theirs[factor]}" for factor in lora.factors}
 
 
 def _check_plain(config: Mapping[str, Any], folder: pathlib.Path) -> None:
@@ -170,24 +179,31 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _split_module(
-  module: _Module, stored: list[str], pairs: list[tuple[np.ndarray, np.ndarray]], rank: int, adapter: dict
+  module: _Module, stored: list[str], layers: list[dict[str, np.ndarray]], lora: LoraSpec, adapter: dict
 ) -> None:
   """Puts the factors of a module, all layers, into our tree."""
   sizes = [_summed(path, shape) for path, shape in zip(module.paths, module.shapes)]
   inputs, outputs = int(np.prod(sizes[0][0])), [int(np.prod(kept)) for _, kept in sizes]
-  for name, (a, b) in zip(stored, pairs):
-    if a.shape != (rank, inputs) or b.shape != (sum(outputs), rank):
-      raise ValueError(
-        f"{name}: lora_A {a.shape} and lora_B {b.shape} instead of {(rank, inputs)} and {(sum(outputs), rank)}; "
-        "the adapter belongs to another model"
-      )
+  expected = {"a": (lora.rank, inputs), "b": (sum(outputs), lora.rank), "magnitude": (sum(outputs),)}
+  for name, factors in zip(stored, layers):
+    for factor, key in _keys(name, lora).items():
+      if factors[factor].shape != expected[factor]:
+        raise ValueError(
+          f"{key}: has shape {factors[factor].shape} instead of {expected[factor]}; the adapter belongs to another "
+          "model"
+        )
   starts = np.cumsum([0, *outputs])
-  is_stacked = "{layer}" in module.theirs
   for index, (path, (summed, kept)) in enumerate(zip(module.paths, sizes)):
-    a = [a.T.reshape(*summed, rank) for a, _ in pairs]
-    b = [b[starts[index] : starts[index + 1]].T.reshape(rank, *kept) for _, b in pairs]
-    names.put(adapter, f"{path}/a", np.stack(a) if is_stacked else np.ascontiguousarray(a[0]))
-    names.put(adapter, f"{path}/b", np.stack(b) if is_stacked else np.ascontiguousarray(b[0]))
+    own = slice(starts[index], starts[index + 1])
+    found = {
+      "a": [each["a"].T.reshape(*summed, lora.rank) for each in layers],
+      "b": [each["b"][own].T.reshape(lora.rank, *kept) for each in layers],
+    }
+    if lora.is_weight_decomposed:
+      found["magnitude"] = [each["magnitude"][own].reshape(kept) for each in layers]
+    for factor, values in found.items():
+      whole = np.stack(values) if "{layer}" in module.theirs else np.ascontiguousarray(values[0])
+      names.put(adapter, f"{path}/{factor}", whole)
 
 
 def save_peft(
@@ -203,7 +219,7 @@ def save_peft(
     folder: made if absent; the two files are replaced.
     spec: of the model.
     lora: settings of the adapter.
-    adapter: a and b, layers stacked or apart.
+    adapter: a and b (and magnitude), layers stacked or apart.
     base_model: name or path of the model, for PEFT's users.
 
   Raises:
@@ -219,10 +235,10 @@ def save_peft(
     found = [path for path in module.paths if f"{path}/a" in flat]
     if not found:
       continue
-    a, b = _joined(module, found, flat, lora.rank)
+    joined = _joined(module, found, flat, lora)
     for layer, name in enumerate(module.names(spec.num_layers)):
-      for key, factor in zip(_keys(name), (a[layer], b[layer])):
-        tensors[key] = np.ascontiguousarray(factor)
+      for factor, key in _keys(name, lora).items():
+        tensors[key] = np.ascontiguousarray(joined[factor][layer])
     targets.append(".".join(module.theirs.split(".")[-2:]))
   if not tensors:
     raise ValueError("the adapter has no factors of this model's weights; give the spec it was made for")
@@ -236,8 +252,9 @@ def save_peft(
     "r": lora.rank,
     "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
     "use_rslora": lora.is_rank_stabilised,
+    "use_dora": lora.is_weight_decomposed,
     "target_modules": targets,
-    "lora_dropout": 0.0,
+    "lora_dropout": lora.dropout,
     "bias": "none",
     "fan_in_fan_out": family.model_type == "gpt2",
     "init_lora_weights": True,
@@ -248,9 +265,9 @@ def save_peft(
 
 
 def _joined(
-  module: _Module, found: list[str], flat: Mapping[str, Any], rank: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """Returns lora_A [r, in] and lora_B [out, r] of a module, one a layer."""
+  module: _Module, found: list[str], flat: Mapping[str, Any], lora: LoraSpec
+) -> dict[str, list[np.ndarray]]:
+  """Returns lora_A [r, in], lora_B [out, r] and the magnitudes [out] of a module, one a layer."""
 
   def layers(path: str) -> np.ndarray:
     value = np.asarray(flat[path], np.float32)
@@ -265,9 +282,17 @@ def _joined(
     raise ValueError(
       f"PEFT has one a for {', '.join(found)}, which have three here; merge the adapter and save the model instead"
     )
-  a = [one.reshape(-1, rank).T for one in first]
   outputs = [layers(f"{path}/b") for path in found]
-  b = [
-    np.concatenate([one[layer].reshape(rank, -1) for one in outputs], axis=1).T for layer in range(len(first))
-  ]
-  return a, b
+  joined = {
+    "a": [one.reshape(-1, lora.rank).T for one in first],
+    "b": [
+      np.concatenate([one[layer].reshape(lora.rank, -1) for one in outputs], axis=1).T
+      for layer in range(len(first))
+    ],
+  }
+  if lora.is_weight_decomposed:
+    magnitudes = [layers(f"{path}/magnitude") for path in found]
+    joined["magnitude"] = [
+      np.concatenate([one[layer].reshape(-1) for one in magnitudes]) for layer in range(len(first))
+    ]
+  return joined

@@ -9,6 +9,12 @@
 arXiv:2305.14314); models read it through `nr.models.weights.contract`, as
 x W + scale * (x a) b, so that W + a b is never made. Layers may be stacked or apart.
 
+DoRA (`is_weight_decomposed`, arXiv:2402.09353, Eq. 5) gives every output a trained magnitude m:
+the weight is m (W + scale * a b) / |W + scale * a b|, norms over the inputs and, as in its
+section 4.3 and in PEFT, without a gradient. `attach` computes m / | | once, from products as narrow
+as the rank. Dropout needs a key, `attach(params, adapter, spec, key)`: a training step gives one,
+and whoever samples, evaluates or compares with a reference gives none.
+
 Why not `flax.nnx.LoRA` (looked at: 0.12.8): it wraps a module of one matrix [in, out] and
 changes the model's definition; it has no scale, no stacked layers and no kernels of heads,
 and would train through the module tree. Here the definition stays the same, and the
@@ -19,12 +25,13 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from nr.models.layers import drop
 from nr.models.weight_quantization import SUMMED_AXES
 from nr.models.weights import as_array, contract
 from nr.names import nearest, unknown
@@ -46,8 +53,13 @@ class LoraSpec(Spec):
     targets: regular expressions that match the whole path of a weight, layer numbers
       left out, such as "blocks/attention/(query|value)/kernel". All kernels of the
       blocks by default; "unembedding" can be added where the head is not tied.
-    dropout: of the adapter's input; 0 only, for dropout belongs to the model's spec.
-    is_rank_stabilised: the scale is alpha / sqrt(r) (arXiv:2312.03732).
+    dropout: probability that an entry of the adapter's input is 0 in a training step, as
+      PEFT's lora_dropout; the frozen weight's input stays whole (under DoRA what the
+      magnitudes add to its output is dropped too). Not for "unembedding", whose
+      input the losses never have apart from the head.
+    is_rank_stabilised: the scale is alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
+    is_weight_decomposed: DoRA: outputs have trained magnitudes. Weight decay shrinks these
+      too, and with them what the frozen weight computes: leave ".*/magnitude" out of it.
     init: of a: "kaiming" (uniform in +- 1 / sqrt(inputs), the default of PEFT) or
       "normal" (standard deviation 1 / r, its "gaussian"). b begins at 0.
 
@@ -60,6 +72,7 @@ class LoraSpec(Spec):
   targets: tuple[str, ...] = (ATTENTION, MLP)
   dropout: float = 0.0
   is_rank_stabilised: bool = False
+  is_weight_decomposed: bool = False
   init: str = "kaiming"
 
   def __post_init__(self):
@@ -68,10 +81,8 @@ class LoraSpec(Spec):
       raise ValueError(f"LoraSpec.rank={self.rank!r}: give a positive integer")
     if not (math.isfinite(self.alpha) and self.alpha > 0):
       raise ValueError(f"LoraSpec.alpha={self.alpha!r}: give a positive number")
-    if self.dropout != 0:
-      raise ValueError(
-        f"LoraSpec.dropout={self.dropout!r}: adapters have none; set dropout=0 and TransformerSpec.dropout instead"
-      )
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"LoraSpec.dropout={self.dropout!r}: give a probability in [0, 1)")
     if self.init not in INITS:
       raise ValueError(unknown("LoraSpec.init", self.init, INITS))
     if not self.targets:
@@ -82,11 +93,16 @@ class LoraSpec(Spec):
     """Factor of a b."""
     return self.alpha / (math.sqrt(self.rank) if self.is_rank_stabilised else self.rank)
 
+  @property
+  def factors(self) -> tuple[str, ...]:
+    """Names of the arrays that an adapted weight has."""
+    return ("a", "b", "magnitude") if self.is_weight_decomposed else ("a", "b")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-  """A weight W + scale * a b, kept in its parts.
+  """A weight W + scale * a b, or gain * (W + scale * a b), kept in its parts.
 
   Attributes:
     base: W, array or `QuantizedWeight`, with its summed axes S and kept axes O in any order.
@@ -94,6 +110,9 @@ class LowRank:
     b: [r, O..], likewise.
     scale: factor of the product.
     summed_axes: S in W, from the end.
+    gain: [O..] of DoRA, likewise; None: 1.
+    dropout: probability that an entry of the adapter's input is dropped, given a key.
+    key: of this weight's dropout, one a layer when stacked; None: nothing is dropped.
   """
 
   base: Any
@@ -101,6 +120,9 @@ class LowRank:
   b: jax.Array
   scale: float = dataclasses.field(metadata=dict(static=True))
   summed_axes: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+  gain: jax.Array | None = None
+  dropout: float = dataclasses.field(default=0.0, metadata=dict(static=True))
+  key: jax.Array | None = None
 
   def __getitem__(self, index: Any) -> Any:
     """Returns itself for `...`, which is how models read what a parameter holds."""
@@ -119,24 +141,33 @@ class LowRank:
     return self.base.ndim
 
   def contract(self, equation: str, x: jax.Array, *, preferred: Any = None) -> jax.Array:
-    """Returns x W + scale * (x a) b."""
+    """Returns x W + scale * (x a) b, times the gain; the adapter's x with dropout where there is a key."""
+    dropped = drop(x, self.dropout, self.key)
     inputs, output = equation.split("->")
     left, weight = inputs.split(",")
     summed = [name for name in weight if name not in output]
     kept = [name for name in weight if name in output]
     narrow = "".join(name for name in left if name not in summed) + "z"
-    low = jnp.einsum(f"{left},{''.join(summed)}z->{narrow}", x, self.a.astype(x.dtype))
+    low = jnp.einsum(f"{left},{''.join(summed)}z->{narrow}", dropped, self.a.astype(x.dtype))
     low = jnp.einsum(
       f"{narrow},z{''.join(kept)}->{output}", low, self.b.astype(x.dtype), preferred_element_type=preferred
     )
-    return contract(equation, x, self.base, preferred=preferred) + self.scale * low
+    whole = contract(equation, x, self.base, preferred=preferred)
+    if self.gain is None:
+      return whole + self.scale * low
+    gain = self.gain.astype(whole.dtype)  # Its axes are the last of the output.
+    if dropped is x:
+      return gain * (whole + self.scale * low)
+    # PEFT's order: W reads x itself, and what the gain adds to W reads the dropped x.
+    changed = (gain - 1) * contract(equation, dropped, self.base, preferred=preferred)
+    return whole + changed + gain * (self.scale * low)
 
   def look_up(self, indices: jax.Array) -> jax.Array:
     """Refuses: tables of embeddings take no adapter here."""
     raise ValueError("an adapted weight is no table of embeddings; adapt an untied 'unembedding' instead")
 
   def dequantized(self, dtype: Any = jnp.float32) -> jax.Array:
-    """Returns W + scale * a b as an array (for a head; kernels are never made)."""
+    """Returns the weight as an array (for a head; kernels are never made)."""
     base = as_array(self.base).astype(jnp.float32)
     a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
     num_stacked = a.ndim + b.ndim - 2 - base.ndim  # 1 where both factors carry the layer axis
@@ -144,7 +175,11 @@ class LowRank:
     product = rows @ b.reshape(*b.shape[: num_stacked + 1], -1)
     product = product.reshape(*a.shape[:-1], *b.shape[num_stacked + 1 :])
     first = range(num_stacked, a.ndim - 1)
-    return (base + self.scale * jnp.moveaxis(product, first, self.summed_axes)).astype(dtype)
+    whole = base + self.scale * jnp.moveaxis(product, first, self.summed_axes)
+    if self.gain is not None:
+      summed = [base.ndim + axis for axis in self.summed_axes]
+      whole = jnp.expand_dims(self.gain.astype(jnp.float32), summed) * whole
+    return whole.astype(dtype)
 
 
 def kernel_axes(path: tuple) -> tuple[tuple[int, ...], int] | None:
@@ -204,16 +239,22 @@ def find_targets(spec: LoraSpec, params: Mapping) -> dict[tuple, Any]:
           f"these can: {', '.join(able)}"
         )
       found[path] = weights[path]
+  if spec.dropout and any(path[-1] == "unembedding" for path in found):
+    raise ValueError(
+      f"LoraSpec.dropout={spec.dropout}: the head is read as a whole and has no input to drop from; leave "
+      "'unembedding' out of the targets, or set dropout to 0"
+    )
   return {path: found[path] for path in weights if path in found}
 
 
-def _factor_shapes(path: tuple, shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Returns the shapes of a and b for a weight of this shape."""
+def _factor_shapes(path: tuple, shape: Sequence[Any], spec: LoraSpec, rank: Any) -> dict[str, tuple]:
+  """Returns what a, b (and the magnitude) have for each axis of a weight, and `rank` for the narrow one."""
   summed_axes, core = kernel_axes(path)
-  layers, axes = shape[: len(shape) - core], range(-core, 0)
+  layers, axes = tuple(shape[: len(shape) - core]), range(-core, 0)
   summed = tuple(shape[axis] for axis in axes if axis in summed_axes)
   kept = tuple(shape[axis] for axis in axes if axis not in summed_axes)
-  return (*layers, *summed, rank), (*layers, rank, *kept)
+  found = {"a": (*layers, *summed, rank), "b": (*layers, rank, *kept), "magnitude": (*layers, *kept)}
+  return {name: found[name] for name in spec.factors}
 
 
 def init_adapter(spec: LoraSpec, params: Mapping, key: jax.Array) -> dict:
@@ -221,28 +262,56 @@ def init_adapter(spec: LoraSpec, params: Mapping, key: jax.Array) -> dict:
 
   Args:
     spec: settings.
-    params: of the model, arrays or their shapes; the adapter has their layout. A
-      weight's key depends on its path and layer, so both layouts begin alike.
+    params: of the model, arrays or (without DoRA) their shapes; the adapter has their
+      layout. A weight's key depends on its path and layer, so both layouts begin alike.
     key: random key.
 
   Returns:
-    {.. {"a": float32 [(N,) S.., r], "b": float32 [(N,) r, O..]}} at the path of each target.
+    {.. {"a": float32 [(N,) S.., r], "b": float32 [(N,) r, O..]}} at the path of each target,
+    under DoRA with "magnitude": float32 [(N,) O..], the norms of the weight.
 
   Raises:
     ValueError: as `find_targets`.
   """
   adapter: dict = {}
   for path, weight in find_targets(spec, params).items():
-    a_shape, b_shape = _factor_shapes(path, weight.shape, spec.rank)
-    _, core = kernel_axes(path)
-    is_stacked = len(weight.shape) > core
-    layers = range(weight.shape[0]) if is_stacked else [next((n for n in path if isinstance(n, int)), 0)]
-    one = a_shape[1:] if is_stacked else a_shape
-    name_key = jax.random.fold_in(key, _hash(_pattern_path(path)))
-    drawn = [_draw_a(spec, jax.random.fold_in(name_key, layer), one) for layer in layers]
-    _put(adapter, (*path, "a"), jnp.stack(drawn) if is_stacked else drawn[0])
-    _put(adapter, (*path, "b"), jnp.zeros(b_shape, jnp.float32))
+    shapes = _factor_shapes(path, weight.shape, spec, spec.rank)
+    keys = _keys_of(path, weight, key)
+    is_stacked = keys.ndim == 1
+    one = shapes["a"][1:] if is_stacked else shapes["a"]
+    drawn = [_draw_a(spec, each, one) for each in (keys if is_stacked else [keys])]
+    a = jnp.stack(drawn) if is_stacked else drawn[0]
+    b = jnp.zeros(shapes["b"], jnp.float32)
+    _put(adapter, (*path, "a"), a)
+    _put(adapter, (*path, "b"), b)
+    if spec.is_weight_decomposed:
+      _put(adapter, (*path, "magnitude"), _norms(path, weight, a, b, spec.scale))
   return adapter
+
+
+def _keys_of(path: tuple, weight: Any, key: jax.Array) -> jax.Array:
+  """Returns the key of a weight, or one for each of its stacked layers: the same in both layouts."""
+  name_key = jax.random.fold_in(key, _hash(_pattern_path(path)))
+  if len(weight.shape) > kernel_axes(path)[1]:
+    return jax.vmap(jax.random.fold_in, (None, 0))(name_key, jnp.arange(weight.shape[0]))
+  return jax.random.fold_in(name_key, next((name for name in path if isinstance(name, int)), 0))
+
+
+def _norms(path: tuple, weight: Any, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+  """Returns |W + scale * a b| over the summed axes, float32 [(N,) O..].
+
+  From |W|^2 + 2 scale <a^T W, b> + scale^2 <a^T a b, b>, so that a b is never made.
+  """
+  summed_axes, core = kernel_axes(path)
+  axes = "ijkl"[:core]
+  summed = "".join(axes[core + axis] for axis in sorted(summed_axes))
+  kept = "".join(name for name in axes if name not in summed)
+  wide = as_array(weight).astype(jnp.float32)
+  inner = jnp.einsum(f"...{summed}r,...{axes}->...r{kept}", a, wide)
+  square = jnp.einsum(f"...{summed}r,...{summed}q->...rq", a, a)
+  mixed = 2 * scale * inner + scale**2 * jnp.einsum(f"...rq,...q{kept}->...r{kept}", square, b)
+  squares = (wide**2).sum(axis=tuple(summed_axes)) + (mixed * b).sum(axis=-1 - len(kept))
+  return jnp.sqrt(jnp.maximum(squares, 1e-24))  # An output without weights has the magnitude 0.
 
 
 def _hash(name: str) -> int:
@@ -257,28 +326,39 @@ def _draw_a(spec: LoraSpec, key: jax.Array, shape: tuple[int, ...]) -> jax.Array
   return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-def attach(params: Mapping, adapter: Mapping, spec: LoraSpec) -> dict:
-  """Returns the parameters with a `LowRank` in the place of every adapted weight. Pure; makes no array.
+def attach(params: Mapping, adapter: Mapping, spec: LoraSpec, key: jax.Array | None = None) -> dict:
+  """Returns the parameters with a `LowRank` in the place of every adapted weight.
+
+  Pure; makes no array as large as a weight.
 
   Args:
     params: of the model, arrays or quantised.
-    adapter: a and b at the paths of weights, in the layout of `params`.
-    spec: for the scale.
+    adapter: a and b (and magnitude) at the paths of weights, in the layout of `params`.
+    spec: for scale and dropout.
+    key: of dropout, of one training step; None: nothing is dropped. Every weight and layer has
+      its own, the same for both layouts.
 
   Raises:
     ValueError: an adapter of a weight that is not there or has another shape.
   """
-  return _with_adapter(params, adapter, spec, lambda weight: weight)
+
+  def keyed(path: tuple, weight: LowRank) -> LowRank:
+    if key is None or not spec.dropout:
+      return weight
+    return dataclasses.replace(weight, key=_keys_of(path, weight.base, key))
+
+  return _with_adapter(params, adapter, spec, keyed)
 
 
 def merge(params: Mapping, adapter: Mapping, spec: LoraSpec) -> dict:
-  """Returns parameters of the plain model that computes the same: W + scale * a b.
+  """Returns parameters of the plain model that computes the same: W + scale * a b (under DoRA its magnitudes).
 
   Weights keep their type; quantised ones that are adapted become float32, since codes
   cannot hold the sum. Arguments and errors as in `attach`.
   """
 
-  def settle(weight: LowRank) -> jax.Array:
+  def settle(path: tuple, weight: LowRank) -> jax.Array:
+    del path
     base = weight.base
     return weight.dequantized(jnp.float32 if hasattr(base, "codes") else base.dtype)
 
@@ -293,7 +373,7 @@ def _with_adapter(params: Mapping, adapter: Mapping, spec: LoraSpec, settle: Any
   for path, weight in walk(params).items():
     found = factors.pop(path, None)
     if found is not None:
-      weight = settle(_low_rank(path, weight, found, spec))
+      weight = settle(path, _low_rank(path, weight, found, spec))
     _put(tree, path, weight)
   if factors:
     names = ", ".join("/".join(map(str, path)) for path in factors)
@@ -306,17 +386,23 @@ def _with_adapter(params: Mapping, adapter: Mapping, spec: LoraSpec, settle: Any
 
 def _low_rank(path: tuple, weight: Any, factors: Mapping[str, Any], spec: LoraSpec) -> LowRank:
   name = "/".join(map(str, path))
-  if kernel_axes(path) is None or set(factors) != {"a", "b"}:
+  if kernel_axes(path) is None or set(factors) != set(spec.factors):
     raise ValueError(
-      f"the adapter has {', '.join(factors)} at {name}: give a and b of a kernel or unembedding"
+      f"the adapter has {', '.join(factors)} at {name}: give {', '.join(spec.factors)} of a kernel or unembedding"
     )
-  expected = _factor_shapes(path, weight.shape, spec.rank)
-  found = factors["a"].shape, factors["b"].shape
+  expected = _factor_shapes(path, weight.shape, spec, spec.rank)
+  found = {each: tuple(factors[each].shape) for each in spec.factors}
   if found != expected:
     raise ValueError(
-      f"adapter of {name}: a, b have shapes {found}, a weight of {weight.shape} and rank {spec.rank} need {expected}"
+      f"adapter of {name}: {', '.join(found)} have shapes {tuple(found.values())}, a weight of {weight.shape} "
+      f"and rank {spec.rank} need {tuple(expected.values())}"
     )
-  return LowRank(weight, factors["a"], factors["b"], spec.scale, kernel_axes(path)[0])
+  gain = None
+  if spec.is_weight_decomposed:
+    fixed = jax.lax.stop_gradient((factors["a"], factors["b"]))
+    gain = factors["magnitude"] / _norms(path, weight, *fixed, spec.scale)
+  summed_axes = kernel_axes(path)[0]
+  return LowRank(weight, factors["a"], factors["b"], spec.scale, summed_axes, gain, spec.dropout)
 
 
 def adapter_axes(spec: LoraSpec, params: Mapping, axes: Mapping) -> dict:
@@ -330,12 +416,8 @@ def adapter_axes(spec: LoraSpec, params: Mapping, axes: Mapping) -> dict:
   tree: dict = {}
   names = walk(axes)
   for path in find_targets(spec, params):
-    summed_axes, core = kernel_axes(path)
-    layers, own = names[path][:-core], names[path][-core:]
-    summed = tuple(own[axis] for axis in range(-core, 0) if axis in summed_axes)
-    kept = tuple(own[axis] for axis in range(-core, 0) if axis not in summed_axes)
-    _put(tree, (*path, "a"), (*layers, *summed, None))
-    _put(tree, (*path, "b"), (*layers, None, *kept))
+    for factor, found in _factor_shapes(path, names[path], spec, None).items():
+      _put(tree, (*path, factor), found)
   return tree
 
 

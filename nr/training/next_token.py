@@ -32,7 +32,7 @@ def next_token_method(
 
   def loss(params: Any, frozen: Any, extra: Any, batch: Any, key: jax.Array) -> LossOutput:
     del extra
-    model = parameters.merge(policy.graphdef, policy.assemble(params, frozen))
+    model = parameters.merge(policy.graphdef, policy.assemble(params, frozen, policy.adapter_key(key)))
     hidden_BLD = model.hidden(
       batch["tokens"],
       segment_ids_BL=batch.get("segment_ids"),

@@ -12,6 +12,8 @@ from nr.models.weight_quantization import QuantizedWeight
 from nr.training.model_files import ModelSpec, axes_of, build_model, graphdef_of
 
 PyTree = Any
+# The model splits the step's key for its own dropout; this number is no layer's.
+_ADAPTER_STREAM = 2**32 - 2
 
 
 class Policy(NamedTuple):
@@ -24,10 +26,13 @@ class Policy(NamedTuple):
     axes: logical axis names of `start`.
     fixed: arrays that `assemble` reads and training never touches; {} when all is trained.
     fixed_axes: logical axis names of `fixed`.
-    assemble: (trained tree, fixed) -> the parameters of the model. Pure.
+    assemble: (trained tree, fixed, key=None) -> the parameters of the model. Pure. With
+      a key the adapter drops entries of its inputs; without one, as whoever samples,
+      evaluates or compares reads the model, it drops none.
     base: fixed -> the parameters of the model before training, or None where they are
       not kept. An adapter's base is there for free, and serves as the reference.
     init: key -> another trained tree.
+    dropout: of the adapter; a method that trains with it gives `assemble` a key.
   """
 
   spec: ModelSpec
@@ -36,9 +41,14 @@ class Policy(NamedTuple):
   axes: PyTree
   fixed: PyTree
   fixed_axes: PyTree
-  assemble: Callable[[PyTree, PyTree], PyTree]
+  assemble: Callable[..., PyTree]
   base: Callable[[PyTree], PyTree] | None
   init: Callable[[jax.Array], PyTree]
+  dropout: float = 0.0
+
+  def adapter_key(self, key: jax.Array) -> jax.Array | None:
+    """Returns the key for `assemble` of a training step, independent of the model's own; None without dropout."""
+    return jax.random.fold_in(key, _ADAPTER_STREAM) if self.dropout else None
 
 
 def new_policy(spec: ModelSpec) -> Policy:
@@ -54,7 +64,7 @@ def new_policy(spec: ModelSpec) -> Policy:
     axes=axes_of(spec),
     fixed={},
     fixed_axes={},
-    assemble=lambda params, fixed: params,
+    assemble=lambda params, fixed, key=None: params,
     base=None,
     init=lambda key: parameters.split(build_model(spec, key))[1],
   )
@@ -92,7 +102,8 @@ def lora_policy(spec: ModelSpec, params: PyTree, adapter: lora.LoraSpec, key: ja
   """
   fixed = _in_layout(spec, jax.tree.map(jnp.asarray, params))
   axes = axes_of(spec)
-  shapes = jax.eval_shape(lambda: fixed)
+  # DoRA's magnitudes begin as norms of the weights themselves.
+  known = fixed if adapter.is_weight_decomposed else jax.eval_shape(lambda: fixed)
   return Policy(
     spec=spec,
     graphdef=graphdef_of(spec),
@@ -100,9 +111,10 @@ def lora_policy(spec: ModelSpec, params: PyTree, adapter: lora.LoraSpec, key: ja
     axes=lora.adapter_axes(adapter, fixed, axes),
     fixed=fixed,
     fixed_axes=_quantized_axes(axes, fixed),
-    assemble=lambda trained, fixed: lora.attach(fixed, trained, adapter),
+    assemble=lambda trained, fixed, key=None: lora.attach(fixed, trained, adapter, key),
     base=lambda fixed: fixed,
-    init=lambda key: lora.init_adapter(adapter, shapes, key),
+    init=lambda key: lora.init_adapter(adapter, known, key),
+    dropout=adapter.dropout,
   )
 
 

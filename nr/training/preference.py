@@ -31,6 +31,7 @@ def preference_method(
   *,
   reference: str = "frozen",
   sync_every: int = 0,
+  sync_mix: float = 1.0,
   name: str = "preference",
   loss_chunk: int | None = None,
   decay: tuple[str, ...] = ALL,
@@ -44,6 +45,7 @@ def preference_method(
       a kind of `nr.training.reference.make_reference`, or "precomputed":
       `reference_log_probs` of the batch (sums over whole responses).
     sync_every: updates between two copies; "synced" only.
+    sync_mix: share of the policy in a synced reference; 1 is a copy (see `make_reference`).
     name: used in logs, checkpoints and errors.
     loss_chunk: tokens whose logits are held at a time; None holds all of them.
     decay: patterns of the parameters that weight decay shrinks.
@@ -59,7 +61,7 @@ def preference_method(
       f"ld_alpha={spec.ld_alpha}: precomputed reference sums cover whole responses; choose reference='frozen'"
     )
   # Sums that come with the batch need no model.
-  its = make_reference(policy, "none" if kind == "precomputed" else kind, sync_every)
+  its = make_reference(policy, "none" if kind == "precomputed" else kind, sync_every, sync_mix)
   score = _scorer(policy, spec, loss_chunk)
 
   def loss(params: PyTree, frozen: PyTree, extra: PyTree, batch: PyTree, key: jax.Array) -> LossOutput:

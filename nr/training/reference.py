@@ -29,8 +29,8 @@ class Reference(NamedTuple):
   method_settings: dict[str, Any]
 
 
-def make_reference(policy: Policy, kind: str, sync_every: int = 0) -> Reference:
-  """Returns the reference of a policy.
+def make_reference(policy: Policy, kind: str, sync_every: int = 0, sync_mix: float = 1.0) -> Reference:
+  """Returns the reference of a policy. Both are read without dropout: where they agree, they agree exactly.
 
   Args:
     policy: what is trained and where it begins.
@@ -38,16 +38,31 @@ def make_reference(policy: Policy, kind: str, sync_every: int = 0) -> Reference:
 
       - frozen: a copy of those that training begins from;
       - synced: the same, replaced by the current ones every `sync_every` updates
-        (iterative and online DPO; arXiv 2404.19733, 2402.04792);
+        (iterative and online DPO; arXiv 2404.19733, 2402.04792), or moved towards
+        them (TR-DPO, arXiv 2404.09656, Eq. 4);
       - base: the fixed weights under an adapter, for which no copy is kept;
       - none: there is none.
     sync_every: updates between two copies; "synced" only.
+    sync_mix: share a of the current parameters in the reference, which becomes
+      a policy + (1 - a) reference; 1 replaces it. Below 1 for a policy whose own
+      parameters are trained: two adapters mix into no mixture of their weights.
 
   Raises:
-    ValueError: an unknown kind, or one that the policy cannot have.
+    ValueError: an unknown kind, or one that the policy cannot have; an adapter with dropout.
   """
   if kind not in KINDS:
     raise ValueError(names.unknown("reference", kind, KINDS))
+  if policy.dropout:
+    raise ValueError(
+      f"LoraSpec.dropout={policy.dropout}: this method compares the policy with a reference or with its own "
+      "samples, and reads all of them without dropout; set it to 0"
+    )
+  if not 0 < sync_mix <= 1:
+    raise ValueError(f"sync_mix={sync_mix}: give a share above 0 and at most 1, which replaces the reference")
+  if sync_mix != 1 and (kind != "synced" or policy.base is not None):
+    raise ValueError(
+      f"sync_mix={sync_mix}: needs reference='synced' (here {kind!r}) and a policy without an adapter; set it to 1"
+    )
   if kind == "synced" and sync_every < 1:
     raise ValueError(f"sync_every={sync_every}: reference='synced' needs 1 update or more between two copies")
   if kind != "synced" and sync_every:
@@ -73,7 +88,12 @@ def make_reference(policy: Policy, kind: str, sync_every: int = 0) -> Reference:
   def sync(extra: PyTree, params: PyTree, statistics: PyTree, step: jax.Array) -> PyTree:
     del statistics
     is_due = (step + 1) % sync_every == 0
-    return jax.tree.map(lambda old, new: jnp.where(is_due, new, old), extra, params)
+
+    def move(old: jax.Array, new: jax.Array) -> jax.Array:
+      mixed = new if sync_mix == 1 else sync_mix * new + (1 - sync_mix) * old
+      return jnp.where(is_due, mixed, old)
+
+    return jax.tree.map(move, extra, params)
 
   settings: dict[str, Any] = {}
   if kind == "synced":

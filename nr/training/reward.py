@@ -67,7 +67,7 @@ def reward_method(
 
   def loss(params: PyTree, frozen: PyTree, extra: PyTree, batch: PyTree, key: jax.Array) -> LossOutput:
     del extra
-    model = parameters.merge(policy.graphdef, policy.assemble(params, frozen))
+    model = parameters.merge(policy.graphdef, policy.assemble(params, frozen, policy.adapter_key(key)))
     chosen_BP, rejected_BP = pair_rewards(model, batch, key if dropout else None)
     margins = margin + batch.get("margins", 0.0)
     losses_BP, metrics = bradley_terry_loss(chosen_BP, rejected_BP, margin=margins, centring=centring)

@@ -18,7 +18,14 @@ from nr.models.transformer import Transformer
 safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="needs safetensors (extra [hub])")
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-ADAPTERS = {"llama": "llama", "llama_head": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
+ADAPTERS = {
+  "llama": "llama",
+  "llama_head": "llama",
+  "qwen2": "qwen2",
+  "gpt2": "gpt2",
+  "llama_dora": "llama",
+  "gpt2_dora": "gpt2",
+}
 
 
 def logits_of(spec, params, tokens):
@@ -53,7 +60,8 @@ def test_saving_gives_the_same_tensors_and_settings(name, tmp_path):
     np.testing.assert_array_equal(tensor, stored[key], err_msg=key)
   before = json.loads((GOLDEN / f"peft_{name}" / "adapter_config.json").read_text())
   after = json.loads((tmp_path / "adapter_config.json").read_text())
-  for field in ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "bias", "fan_in_fan_out"):
+  fields = ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "fan_in_fan_out")
+  for field in fields:
     assert after[field] == before[field], field
   assert {target.split(".")[-1] for target in after["target_modules"]} == set(before["target_modules"])
   again = load_peft(tmp_path, spec)
@@ -63,11 +71,20 @@ def test_saving_gives_the_same_tensors_and_settings(name, tmp_path):
 
 def test_adapters_born_here_come_back(tmp_path):
   spec, params = load_huggingface(GOLDEN / "huggingface_qwen3")
-  lora = LoraSpec(rank=5, alpha=2.5, targets=("blocks/mlp/down/kernel", "blocks/attention/key/kernel"))
+  lora = LoraSpec(
+    rank=5,
+    alpha=2.5,
+    targets=("blocks/mlp/down/kernel", "blocks/attention/key/kernel"),
+    dropout=0.1,
+    is_weight_decomposed=True,
+  )
   adapter = init_adapter(lora, params, jax.random.key(0))
   save_peft(tmp_path, spec, lora, adapter)
   found, again = load_peft(tmp_path, spec)
-  assert (found.rank, found.scale, len(found.targets)) == (5, 0.5, 2)
+  assert (found.rank, found.scale, len(found.targets), found.is_weight_decomposed) == (5, 0.5, 2, True)
+  # Dropout is told to PEFT, and does not come back: a training run asks for its own.
+  assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+  assert found.dropout == 0
   jax.tree.map(np.testing.assert_array_equal, again, adapter)
 
 
@@ -87,8 +104,8 @@ KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
   "change, match",
   [
     (lambda t: {k: v for k, v in t.items() if k != KEY}, "layers.1.mlp.up_proj.lora_B.weight is missing"),
-    (lambda t: {**t, KEY: t[KEY][:-1]}, r"up_proj: lora_A \(3, 8\) and lora_B \(11, 3\) instead of"),
-    (lambda t: {**t, KEY.replace("_B", "_A"): np.zeros((2, 8), np.float32)}, r"up_proj: lora_A \(2, 8\)"),
+    (lambda t: {**t, KEY: t[KEY][:-1]}, r"up_proj.lora_B.weight: has shape \(11, 3\) instead of \(12, 3\)"),
+    (lambda t: {**t, KEY.replace("_B", "_A"): np.zeros((2, 8), np.float32)}, r"lora_A.*\(2, 8\) instead"),
     (lambda t: {**t, "base_model.model.model.embed_tokens.lora_embedding_A": t[KEY]}, "embed_tokens"),
     (lambda t: {"base_model.model.x.lora_A.weight": t[KEY]}, "fits no linear map"),
     (lambda t: {}, "no factors"),
@@ -105,12 +122,13 @@ def test_bad_tensors_are_named(change, match, tmp_path):
 @pytest.mark.parametrize(
   "field, value",
   [
-    ("use_dora", True),
     ("bias", "all"),
     ("peft_type", "IA3"),
     ("rank_pattern", {"q_proj": 4}),
     ("modules_to_save", ["lm_head"]),
     ("layers_to_transform", [0]),
+    ("init_lora_weights", "pissa"),
+    ("alora_invocation_tokens", [1, 2]),
     ("r", None),
   ],
 )
@@ -120,6 +138,19 @@ def test_other_settings_are_named(field, value, tmp_path):
   (folder / "adapter_config.json").write_text(json.dumps({**config, field: value}))
   spec, _ = load_huggingface(GOLDEN / "huggingface_llama")
   with pytest.raises(ValueError, match=f"adapter_config.json: .*{field}"):
+    load_peft(folder, spec)
+
+
+def test_dora_needs_its_magnitudes(tmp_path):
+  folder = copy("llama_dora", tmp_path)
+  key = "base_model.model.model.layers.1.mlp.up_proj.lora_magnitude_vector"
+  spec, _ = load_huggingface(GOLDEN / "huggingface_llama")
+  whole = dict(safetensors_numpy.load_file(folder / "adapter_model.safetensors"))
+  change_tensors(folder, lambda t: {**t, key: t[key][:-1]})
+  with pytest.raises(ValueError, match=r"magnitude_vector: has shape \(11,\) instead of \(12,\)"):
+    load_peft(folder, spec)
+  change_tensors(folder, lambda t: {k: v for k, v in whole.items() if k != key})
+  with pytest.raises(ValueError, match="up_proj.lora_magnitude_vector is missing"):
     load_peft(folder, spec)
 
 

@@ -1,4 +1,6 @@
-"""Low-rank adapters: the base when b is zero, the merged weights otherwise."""
+"""Low-rank adapters: the base when b is zero, the merged weights otherwise; DoRA's magnitudes; dropout."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 from nr.models import parameters
+from nr.models.layers import drop
 from nr.models.lora import (
   ATTENTION,
   MLP,
@@ -27,6 +30,7 @@ from nr.models.weights import contract, look_up
 SIZES = dict(vocab_size=16, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=20)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 7)), jnp.int32)
 ALL = LoraSpec(rank=3, alpha=4.0, targets=(ATTENTION, MLP, UNEMBEDDING))
+DORA = dataclasses.replace(ALL, is_weight_decomposed=True)
 
 
 def make(layers="scan", family="llama", **settings):
@@ -35,11 +39,13 @@ def make(layers="scan", family="llama", **settings):
 
 
 def adapter_of(params, spec=ALL, seed=1, b_std=0.3):
-  """An adapter whose b is not zero."""
+  """An adapter whose b is not zero, and whose magnitudes are not the norms."""
   adapter = init_adapter(spec, params, jax.random.key(seed))
   generator = np.random.default_rng(seed)
 
   def fill(path, leaf):
+    if path[-1].key == "magnitude":
+      return leaf * jnp.asarray(generator.uniform(0.5, 1.5, leaf.shape), jnp.float32)
     is_b = path[-1].key == "b"
     return jnp.asarray(generator.normal(size=leaf.shape) * b_std, jnp.float32) if is_b else leaf
 
@@ -99,15 +105,20 @@ def test_a_new_adapter_is_exactly_the_base(layers, family):
   jax.tree.map(np.testing.assert_array_equal, merge(params, adapter, spec), params)
 
 
-@pytest.mark.parametrize("base", ["float32", "int8", "int4"])
-@pytest.mark.parametrize("layers", ["scan", "unroll"])
-def test_merged_equals_attached(layers, base):
+@pytest.mark.parametrize(
+  "layers, base, spec",
+  [
+    *[(layers, base, ALL) for layers in ("scan", "unroll") for base in ("float32", "int8", "int4")],
+    ("scan", "int8", DORA),
+  ],
+)
+def test_merged_equals_attached(layers, base, spec):
   graphdef, params = make(layers)
   if base != "float32":
     params = quantize_weights(params, 8 if base == "int8" else 4, group_size=None if base == "int8" else 4)
-  adapter = adapter_of(params)
-  attached = logits(graphdef, attach(params, adapter, ALL))
-  merged = merge(params, adapter, ALL)
+  adapter = adapter_of(params, spec)
+  attached = logits(graphdef, attach(params, adapter, spec))
+  merged = merge(params, adapter, spec)
   np.testing.assert_allclose(attached, logits(graphdef, merged), atol=1e-5)
   assert np.abs(attached - logits(graphdef, params)).max() > 0.1, "the adapter changes something"
   assert merged["unembedding"].dtype == jnp.float32
@@ -191,6 +202,129 @@ def test_the_sum_is_never_made():
   assert plain == whole > 0 and low == plain
 
 
+def test_dora_begins_as_the_base_and_scan_equals_unroll():
+  scanned, stacked = make("scan")
+  unrolled, apart = make("unroll")
+  first = init_adapter(DORA, stacked, jax.random.key(5))
+  second = parameters.stack_layers(init_adapter(DORA, apart, jax.random.key(5)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), first, second)
+  base = logits(scanned, stacked)
+  np.testing.assert_allclose(logits(scanned, attach(stacked, first, DORA)), base, atol=1e-5)
+  adapter = adapter_of(stacked, DORA)
+  one = logits(scanned, attach(stacked, adapter, DORA))
+  two = logits(unrolled, attach(apart, parameters.unstack_layers(adapter), DORA))
+  np.testing.assert_allclose(one, two, atol=1e-5)
+  assert np.abs(one - base).max() > 0.1
+
+
+def test_a_decomposed_weight_has_the_magnitudes_as_its_norms():
+  """DoRA, Eq. 5: every output's weights have the norm m, in the direction of W + scale * a b."""
+  _, params = make()
+  adapter = adapter_of(params, DORA)
+  merged, plain = merge(params, adapter, DORA), merge(params, drop_magnitudes(adapter), ALL)
+  for path, axes in (
+    (("blocks", "attention", "query", "kernel"), 1),
+    (("blocks", "attention", "output", "kernel"), (1, 2)),
+    (("blocks", "mlp", "down", "kernel"), 1),
+    (("unembedding",), 1),
+  ):
+    whole, direction, factors = merged, plain, adapter
+    for name in path:
+      whole, direction, factors = whole[name], direction[name], factors[name]
+    whole, direction = np.asarray(whole, np.float64), np.asarray(direction, np.float64)
+    norms = np.sqrt((whole**2).sum(axes))
+    np.testing.assert_allclose(norms, factors["magnitude"], rtol=1e-5)
+    unit = direction / np.sqrt((direction**2).sum(axes, keepdims=True))
+    np.testing.assert_allclose(whole, unit * np.expand_dims(norms, axes), atol=1e-5)
+
+
+def drop_magnitudes(node):
+  if not isinstance(node, dict):
+    return node
+  return {name: drop_magnitudes(child) for name, child in node.items() if name != "magnitude"}
+
+
+def small_tree(layers=2):
+  """Parameters of one kernel, stacked, and an adapter of it with dropout."""
+  params = {"blocks": {"mlp": {"up": {"kernel": normal(layers, 6, 5)}}}}
+  spec = LoraSpec(rank=2, targets=(".*/up/kernel",), dropout=0.4, is_weight_decomposed=True)
+  return params, spec, adapter_of(params, spec)
+
+
+def up_of(tree, layer=None):
+  return (tree["blocks"] if layer is None else tree["blocks"][layer])["mlp"]["up"]["kernel"]
+
+
+def test_the_norm_of_a_decomposed_weight_has_no_gradient():
+  """DoRA, section 4.3: gradients are those of m / | | * (W + scale * a b) with | | held fixed."""
+  params, spec, adapter = small_tree()
+  target = normal(2, 6, 5, seed=9)
+  found = jax.grad(lambda adapter: (up_of(merge(params, adapter, spec)) * target).sum())(adapter)
+  factors = up_of(adapter)
+  direction = up_of(params) + spec.scale * jnp.einsum("nir,nro->nio", factors["a"], factors["b"])
+  norms = jnp.sqrt((direction**2).sum(1))
+  fixed = spec.scale * target * (factors["magnitude"] / norms)[:, None]
+  expected = {
+    "a": jnp.einsum("nio,nro->nir", fixed, factors["b"]),
+    "b": jnp.einsum("nio,nir->nro", fixed, factors["a"]),
+    "magnitude": (target * direction).sum(1) / norms,
+  }
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), up_of(found), expected)
+
+
+@pytest.mark.parametrize("is_decomposed", [False, True])
+def test_dropout_falls_on_the_adapter_s_input_alone(is_decomposed):
+  x, weight = normal(3, 12), normal(12, 5, seed=1)
+  a, b, gain = normal(12, 3, seed=2), normal(3, 5, seed=3), 1 + 0.1 * normal(5, seed=4) ** 2
+  key = jax.random.key(7)
+  low = LowRank(weight, a, b, 0.5, (-2,), gain if is_decomposed else None, 0.3, key)
+  found = contract("...i,io->...o", x, low)
+  dropped = drop(x, 0.3, key)
+  assert 0.1 < float((dropped == 0).mean()) < 0.5
+  # PEFT 0.21: W x + lora(dropped), with DoRA W x + (gain - 1) W dropped + gain lora(dropped).
+  if is_decomposed:
+    expected = x @ weight + (gain - 1) * (dropped @ weight) + gain * 0.5 * (dropped @ a @ b)
+  else:
+    expected = x @ weight + 0.5 * (dropped @ a @ b)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  without = contract("...i,io->...o", x, dataclasses.replace(low, key=None))
+  whole = (weight + 0.5 * a @ b) * (gain if is_decomposed else 1)
+  np.testing.assert_allclose(without, x @ whole, atol=1e-5)
+
+
+def test_dropout_needs_a_key_and_is_the_same_in_both_layouts():
+  params, spec, adapter = small_tree()
+  x, key = normal(8, 6, seed=5), jax.random.key(3)
+
+  def outputs(spec, key=None):
+    """Of both layers: of the stacked weight as a scan reads it, and of weights kept apart."""
+    stacked = attach(params, adapter, spec, key)
+    apart = attach(*map(parameters.unstack_layers, (params, adapter)), spec, key)
+    _, found = jax.lax.scan(lambda _, low: (None, contract("...i,io->...o", x, low)), None, up_of(stacked))
+    return found, jnp.stack([contract("...i,io->...o", x, up_of(apart, layer)) for layer in (0, 1)])
+
+  whole = [x @ kernel for kernel in up_of(merge(params, adapter, spec))]
+  plain = dataclasses.replace(spec, dropout=0.0)
+  for found in (*outputs(spec), *outputs(plain, key)):
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+  scanned, apart = outputs(spec, key)
+  np.testing.assert_allclose(scanned, apart, atol=1e-5)
+  other = outputs(spec, jax.random.key(4))[0]
+  assert np.abs(scanned - np.array(whole)).max() > 0.05 and np.abs(scanned - other).max() > 0.05
+
+
+def test_a_model_drops_in_every_layer_and_weight_apart():
+  graphdef, params = make()
+  spec = dataclasses.replace(DORA, targets=(ATTENTION, MLP), dropout=0.4)
+  adapter = adapter_of(params, spec)
+  apply = jax.jit(lambda key: parameters.merge(graphdef, attach(params, adapter, spec, key))(TOKENS))
+  first, second = (apply(jax.random.key(number)) for number in (3, 4))
+  assert np.isfinite(first).all() and np.abs(first - second).max() > 0.05
+  keys = attach(params, adapter, spec, jax.random.key(3))["blocks"]["mlp"]
+  drawn = [jax.random.bits(key, (2,)) for name in ("up", "gate") for key in keys[name]["kernel"].key]
+  assert len({tuple(map(int, bits)) for bits in drawn}) == 4
+
+
 def test_counts_and_axes():
   graphdef, params = make()
   axes = parameters.logical_axes(lambda: parameters.merge(graphdef, make()[1]))
@@ -212,7 +346,14 @@ def test_counts_and_axes():
   assert (
     LoraSpec(rank=4, alpha=8).scale == 2 and LoraSpec(rank=4, alpha=8, is_rank_stabilised=True).scale == 4
   )
-  assert LoraSpec.from_dict(ALL.to_dict()) == ALL
+  assert LoraSpec.from_dict(DORA.to_dict()) == DORA
+  decomposed = adapter_axes(DORA, params, axes)
+  assert decomposed["blocks"]["attention"]["query"]["kernel"]["magnitude"] == ("layers", "heads", "head_dim")
+  assert decomposed["unembedding"]["magnitude"] == ("vocab",)
+  outputs = 2 * (24 + 12 + 12 + 16 + 20 + 20 + 16) + 16
+  assert (
+    count_parameters(init_adapter(DORA, params, jax.random.key(0))) == count_parameters(adapter) + outputs
+  )
 
 
 def test_mistakes_are_named():
@@ -223,7 +364,9 @@ def test_mistakes_are_named():
   for call, match in (
     (lambda: LoraSpec(rank=0), "rank=0"),
     (lambda: LoraSpec(alpha=-1.0), "alpha=-1.0"),
-    (lambda: LoraSpec(dropout=0.1), "dropout=0.1"),
+    (lambda: LoraSpec(dropout=1.0), "dropout=1.0"),
+    (lambda: find_targets(dataclasses.replace(ALL, dropout=0.1), params), "leave 'unembedding' out"),
+    (lambda: attach(params, adapter, DORA), "give a, b, magnitude"),
     (lambda: LoraSpec(init="kaimin"), "did you mean 'kaiming'"),
     (lambda: LoraSpec(targets=()), "targets"),
     (

@@ -16,7 +16,7 @@ pytest.importorskip("safetensors", reason="needs safetensors (extra [hub])")
 from nr.interchange.huggingface import load_huggingface  # noqa: E402
 from nr.interchange.peft import load_peft, save_peft  # noqa: E402
 from nr.models import parameters  # noqa: E402
-from nr.models.lora import attach  # noqa: E402
+from nr.models.lora import attach, merge  # noqa: E402
 from nr.models.transformer import Transformer  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -45,6 +45,9 @@ def test_their_adapter_gives_their_logits_and_ours_saved_gives_ours(name, tmp_pa
   found = our_logits(spec, attach(params, adapter, lora))
   np.testing.assert_allclose(found, goldens.logits_of(theirs, TOKENS), atol=1e-5, rtol=0)
 
+  # Merged there is merged here: PEFT's own weights give the logits of its adapter.
+  merged = our_logits(spec, merge(params, adapter, lora))
+  np.testing.assert_allclose(merged, goldens.logits_of(theirs.merge_and_unload(), TOKENS), atol=1e-5, rtol=0)
   changed = jax.tree.map(lambda leaf: leaf * 0.75, adapter)
   save_peft(tmp_path / "ours", spec, lora, changed)
   loaded = peft.PeftModel.from_pretrained(goldens.load_base(base), tmp_path / "ours").eval()

@@ -10,10 +10,11 @@ import pytest
 from nr.data.example_batches import packed_batches, padded_batches
 from nr.data.examples import EncodedExample
 from nr.models import parameters
+from nr.models.lora import LoraSpec
 from nr.models.transformer import TransformerSpec
 from nr.objectives.preference import PreferenceSpec
 from nr.training.model_files import build_model, graphdef_of
-from nr.training.policy import full_policy
+from nr.training.policy import full_policy, lora_policy
 from nr.training.preference import preference_method, score_responses
 from nr.training.step import accumulate
 from tests.training import method_suite
@@ -117,6 +118,28 @@ def test_a_synced_reference_is_replaced_when_due():
   for step, expected in ((0, policy.start), (1, moved), (2, policy.start), (3, moved)):
     found = method.update_extra(policy.start, moved, (), jnp.int32(step))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_mixed_reference_moves_towards_the_policy():
+  """TR-DPO, arXiv 2404.09656, Eq. 4: after n syncs with a policy that stands, 1 - (1 - a)^n of the way."""
+  policy = full_policy(SPEC, model_params())
+  method = preference_method(policy, PreferenceSpec(), reference="synced", sync_every=2, sync_mix=0.6)
+  moved = method_suite.perturbed(policy.start)
+  found = policy.start
+  for step in range(4):
+    found = method.update_extra(found, moved, (), jnp.int32(step))
+    share = 1 - 0.4 ** ((step + 1) // 2)
+    expected = jax.tree.map(lambda old, new, share=share: old + share * (new - old), policy.start, moved)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+  for settings, message in (
+    (dict(reference="frozen", sync_mix=0.6), "needs reference='synced'"),
+    (dict(reference="synced", sync_every=2, sync_mix=0.0), "sync_mix=0.0"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      preference_method(policy, PreferenceSpec(), **settings)
+  adapted = lora_policy(SPEC, model_params(), LoraSpec(rank=2), jax.random.key(0))
+  with pytest.raises(ValueError, match="a policy without an adapter"):
+    preference_method(adapted, PreferenceSpec(), reference="synced", sync_every=2, sync_mix=0.6)
 
 
 def test_no_slot_with_a_pair_gives_a_loss_of_nothing():

@@ -11,6 +11,8 @@ A batch of pairs holds, with S=2 padded and S=1 packed, P=1 padded and P=`slots`
   pair_weights [B, P] float32, 0 where there is no pair,
   indices [B, P] int32, which example it is, -1 for none,
   reference_log_probs [B, P, 2] float32 where they are given.
+Groups (all responses to a prompt; padded) have S sequences; labelled examples add
+is_desirable [B, P, labels of an example] bool.
 Examples of one sequence (fine-tuning) come without the axes S and P: tokens [B, L],
 weights times the example's weight, indices [B, P].
 
@@ -37,7 +39,9 @@ from nr.data.windows import Batch, rows_per_process
 Row = tuple[int, ...]
 
 
-class _PlannedBatch(NamedTuple):
+class PlannedBatch(NamedTuple):
+  """Which examples stand in which rows of a batch, and how long its rows are."""
+
   length: int
   rows: list[Row]
 
@@ -73,12 +77,17 @@ class ExampleBatches:
       raise DataError(
         f"examples have {sorted(counts)} sequences each; give pairs, or single responses, not both"
       )
+    labels = {len(example.labels) for example in examples}
+    if len(labels) != 1:
+      raise DataError(
+        f"examples have {sorted(labels)} labels each; give labelled examples, or none with labels"
+      )
     if slots < 1 or num_open < 1:
       raise DataError(f"slots={slots} and num_open={num_open} must be at least 1")
     if not lengths or any(length < 2 for length in lengths) or list(lengths) != sorted(set(lengths)):
       raise DataError(f"lengths={lengths} must be growing numbers of tokens of at least 2")
     self.examples, self.batch_size, self.seed, self.epochs = examples, batch_size, seed, epochs
-    self.num_sequences = counts.pop()
+    self.num_sequences, self.num_labels = counts.pop(), labels.pop()
     self.lengths, self.slots, self.num_open, self.is_packed = lengths, slots, num_open, is_packed
     # What an example takes of a row: all its sequences when packed, the longest when each has its own.
     total = sum if is_packed else max
@@ -90,15 +99,17 @@ class ExampleBatches:
           "give longer rows, or lower max_length when encoding"
         )
     self._reference = None if reference is None else reference_rows(examples, reference)
-    self._plan: tuple[int, list[_PlannedBatch]] | None = None
+    self._plan: tuple[int, list[PlannedBatch]] | None = None
     settings = repr((seed, batch_size, lengths, slots, num_open, is_packed)).encode()
     digests = "".join(example.digest for example in examples).encode()
+    if self.num_labels:
+      digests += repr([example.labels for example in examples]).encode()
     self.fingerprint = hashlib.sha256(settings + digests).hexdigest()[:16]
 
   def __iter__(self) -> "ExampleIterator":
     return ExampleIterator(self)
 
-  def plan(self, epoch: int) -> list[_PlannedBatch]:
+  def plan(self, epoch: int) -> list[PlannedBatch]:
     """Returns the batches of an epoch: which examples stand in which rows."""
     if self._plan is None or self._plan[0] != epoch:
       order = np.arange(len(self.examples))
@@ -112,7 +123,7 @@ class ExampleBatches:
       self._plan = epoch, batches
     return self._plan[1]
 
-  def _bucket(self, order: list[int]) -> list[_PlannedBatch]:
+  def _bucket(self, order: list[int]) -> list[PlannedBatch]:
     """Gathers examples by the shortest length that holds them; what is left over moves up a length."""
     waiting: dict[int, list[Row]] = {length: [] for length in self.lengths}
     batches = []
@@ -120,20 +131,20 @@ class ExampleBatches:
       length = next(length for length in self.lengths if length >= self._sizes[index])
       waiting[length].append((index,))
       if len(waiting[length]) == self.batch_size:
-        batches.append(_PlannedBatch(length, waiting[length]))
+        batches.append(PlannedBatch(length, waiting[length]))
         waiting[length] = []
     rest: list[Row] = []
     for length in self.lengths:
       rest += waiting[length]
       if len(rest) >= self.batch_size:
-        batches.append(_PlannedBatch(length, rest[: self.batch_size]))
+        batches.append(PlannedBatch(length, rest[: self.batch_size]))
         rest = rest[self.batch_size :]
     if rest:
       longest = max(self._sizes[index] for (index,) in rest)
-      batches.append(_PlannedBatch(next(length for length in self.lengths if length >= longest), rest))
+      batches.append(PlannedBatch(next(length for length in self.lengths if length >= longest), rest))
     return batches
 
-  def _pack(self, order: list[int]) -> list[_PlannedBatch]:
+  def _pack(self, order: list[int]) -> list[PlannedBatch]:
     """Puts each example whole into the first open row with room; the fullest row closes when none has."""
     length = self.lengths[-1]
     rows: list[list[int]] = []
@@ -155,12 +166,18 @@ class ExampleBatches:
         rows.append(open_rows.pop(place)[0])
     rows += [members for members, _ in open_rows]
     return [
-      _PlannedBatch(length, [tuple(row) for row in rows[start : start + self.batch_size]])
+      PlannedBatch(length, [tuple(row) for row in rows[start : start + self.batch_size]])
       for start in range(0, len(rows), self.batch_size)
     ]
 
-  def make(self, planned: _PlannedBatch) -> Batch:
+  def make(self, planned: PlannedBatch) -> Batch:
     """Returns this process's rows of a planned batch."""
+    return self._fill(planned, self.examples)
+
+  def _fill(
+    self, planned: PlannedBatch, examples: Sequence[EncodedExample] | Mapping[int, EncodedExample]
+  ) -> Batch:
+    """Writes the examples of a planned batch, found by index, into arrays."""
     empty: list[Row] = [()] * (self.batch_size - len(planned.rows))
     rows = [*planned.rows, *empty][self._share : self._share + self._rows]
     shape = (len(rows), 1 if self.is_packed else self.num_sequences, planned.length)
@@ -170,20 +187,24 @@ class ExampleBatches:
       batch |= {name: np.zeros(shape, np.int32) for name in ("segment_ids", "positions")}
     batch["pair_weights"] = np.zeros((len(rows), self.slots), np.float32)
     batch["indices"] = np.full((len(rows), self.slots), -1, np.int32)
+    if self.num_labels:
+      batch["is_desirable"] = np.zeros((len(rows), self.slots, self.num_labels), bool)
     if self._reference is not None:
       batch["reference_log_probs"] = np.zeros((len(rows), self.slots, self.num_sequences), np.float32)
     for row, members in enumerate(rows):
       start = 0
       for slot, index in enumerate(members):
-        start = self._place(batch, row, slot, index, start)
+        batch["indices"][row, slot] = index
+        if self._reference is not None:
+          batch["reference_log_probs"][row, slot] = self._reference[index]
+        start = self._place(batch, row, slot, examples[index], start)
     return batch if self.num_sequences > 1 else _without_sequence_axis(batch)
 
-  def _place(self, batch: Batch, row: int, slot: int, index: int, start: int) -> int:
+  def _place(self, batch: Batch, row: int, slot: int, example: EncodedExample, start: int) -> int:
     """Writes an example into a row from `start` on. Returns where the next may begin."""
-    example = self.examples[index]
-    batch["pair_weights"][row, slot], batch["indices"][row, slot] = example.weight, index
-    if self._reference is not None:
-      batch["reference_log_probs"][row, slot] = self._reference[index]
+    batch["pair_weights"][row, slot] = example.weight
+    if self.num_labels:
+      batch["is_desirable"][row, slot] = example.labels
     factor = 1.0 if self.num_sequences > 1 else example.weight
     for number, (ids, mask) in enumerate(zip(example.tokens, example.is_response)):
       sequence, begin = (0, start) if self.is_packed else (number, 0)
@@ -201,7 +222,7 @@ class ExampleBatches:
 def _without_sequence_axis(batch: Batch) -> Batch:
   names = ("tokens", "targets", "weights", "segment_ids", "positions")
   plain = {name: batch[name][:, 0] for name in names if name in batch}
-  return {**plain, "indices": batch["indices"]}
+  return {**plain, **{name: batch[name] for name in ("indices", "is_desirable") if name in batch}}
 
 
 class ExampleIterator(Iterator[Batch]):

@@ -106,19 +106,21 @@ class LengthLimits:
 
 
 class EncodedExample(NamedTuple):
-  """Token sequences that belong together: (chosen, rejected), or one alone.
+  """Token sequences that belong together: (chosen, rejected), one alone, or all of a prompt.
 
   Attributes:
     id: of the record.
     tokens: one int32 array [n] a sequence, prompt included.
     is_response: bool arrays of the same lengths: the tokens to be learnt.
     weight: factor of the example's loss.
+    labels: whether each sequence is desirable; () where nothing is said of that.
   """
 
   id: str
   tokens: tuple[np.ndarray, ...]
   is_response: tuple[np.ndarray, ...]
   weight: float = 1.0
+  labels: tuple[bool, ...] = ()
 
   @property
   def digest(self) -> str:

@@ -12,7 +12,7 @@ d = S - S_ref, delta = d(w) - d(l). Losses of the literature that are settings h
     DPO + NLL (arXiv 2404.19733)               dpo, nll_weight=c
     WPO (arXiv 2406.11827)                     any, weighting="wpo"
 
-KTO and the group form of DPO, which have no pairs, are functions of their own.
+KTO and the group form of DPO, which have no pairs, are in `nr.objectives.unpaired_preference`.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class PreferenceSpec(Spec):
 
   Attributes:
     loss: a name of `LOSSES`.
-    beta: weight of the implicit reward; for "ipo" the paper's tau; not used by "orpo".
+    beta: weight of the implicit reward; for "ipo" the paper's tau. "orpo" has odds_weight instead.
     label_smoothing: probability e in [0, 0.5) that a label is wrong: conservative for "dpo", "simpo" and
       "cpo", unbiased for "robust".
     is_length_normalised: whether S and S_ref are divided by n. IPO's paper does not, TRL does: it changes
@@ -47,7 +47,7 @@ class PreferenceSpec(Spec):
     positive_weight: c of DPO-positive.
     odds_weight: lambda of ORPO.
     nll_weight: weight of the chosen response's NLL; None: 1 for "cpo" and "orpo", else 0.
-    nll_norm: "mean" over the response's tokens or their "sum".
+    nll_norm: "mean" over the response's tokens or their "sum"; needs an NLL term.
     entropy_weight: weight of the mean token entropy of the chosen response, which is subtracted.
     weighting: "none" or "wpo", which multiplies the preference term by how probable both responses are.
   """
@@ -81,14 +81,24 @@ class PreferenceSpec(Spec):
         raise ValueError(f"{field}={getattr(self, field)}: give 0 or more")
     if self.nll_weight is not None and not self.nll_weight >= 0:
       raise ValueError(f"nll_weight={self.nll_weight}: give 0 or more, or None for the loss's own")
-    entry = LOSSES[self.loss]
+    self._refuse_idle_options()
+
+  def _refuse_idle_options(self) -> None:
+    """Raises ValueError for an option that was given and that the others make meaningless."""
+    fields = PreferenceSpec.__dataclass_fields__
+    chosen = {name: getattr(self, name) for name in fields if getattr(self, name) != fields[name].default}
     for field in _CHECKED_OPTIONS:
-      if getattr(self, field) != PreferenceSpec.__dataclass_fields__[field].default:
-        if field not in entry.options:
-          users = [name for name, other in LOSSES.items() if field in other.options]
-          raise ValueError(
-            f"{field}={getattr(self, field)}: loss {self.loss!r} does not use it; only {', '.join(users)} do"
-          )
+      if field in chosen and field not in LOSSES[self.loss].options:
+        users = [name for name, other in LOSSES.items() if field in other.options]
+        raise ValueError(
+          f"{field}={chosen[field]}: loss {self.loss!r} does not use it; only {', '.join(users)} do"
+        )
+    if "beta" in chosen and not LOSSES[self.loss].uses_beta:
+      raise ValueError(f"beta={self.beta}: loss {self.loss!r} does not use it; set odds_weight instead")
+    if "nll_norm" in chosen and not self.nll:
+      raise ValueError(
+        f"nll_norm={self.nll_norm!r}: there is no NLL term to norm; set nll_weight, or leave it"
+      )
 
   @property
   def needs_reference(self) -> bool:
@@ -133,6 +143,7 @@ class Loss(NamedTuple):
     options: names of the optional settings that it uses.
     nll_weight: of the chosen response, where the spec does not say.
     rewards_are_means: whether the reported reward is beta S / n.
+    uses_beta: whether beta is in the loss; if not, the reported reward has odds_weight in its place.
   """
 
   compute: Callable[[PreferenceSpec, Sides], jax.Array]
@@ -140,6 +151,7 @@ class Loss(NamedTuple):
   options: tuple[str, ...] = ()
   nll_weight: float = 0.0
   rewards_are_means: bool = False
+  uses_beta: bool = True
 
 
 def log_one_minus_exp(a: jax.Array) -> jax.Array:
@@ -234,7 +246,12 @@ LOSSES: dict[str, Loss] = {
     _cpo, needs_reference=False, options=("ld_alpha", "label_smoothing"), nll_weight=1.0
   ),
   "orpo": Loss(  # arXiv 2403.07691
-    _orpo, needs_reference=False, options=("odds_weight",), nll_weight=1.0, rewards_are_means=True
+    _orpo,
+    needs_reference=False,
+    options=("odds_weight",),
+    nll_weight=1.0,
+    rewards_are_means=True,
+    uses_beta=False,
   ),
 }
 _CHECKED_OPTIONS = (
@@ -248,26 +265,32 @@ _CHECKED_OPTIONS = (
 )
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def wide(x: jax.Array) -> jax.Array:
+  """Returns an array in float32, or in its own type if that is wider."""
   x = jnp.asarray(x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _given(scores: SequenceScores, field: str, reason: str) -> jax.Array:
+def given(scores: SequenceScores, field: str, reason: str) -> jax.Array:
+  """Returns a field of scores, at least float32.
+
+  Raises:
+    ValueError: it is None; `reason` says who needs it.
+  """
   value = getattr(scores, field)
   if value is None:
     raise ValueError(f"SequenceScores.{field} is missing: {reason} needs it")
-  return _wide(value)
+  return wide(value)
 
 
 def log_ratio(spec: PreferenceSpec, scores: SequenceScores) -> jax.Array:
   """Returns d = S - S_ref (or S without a reference) as the spec's options make it, nats."""
 
   def total(field: str) -> jax.Array:
-    value = _given(scores, field, f"loss {spec.loss!r}")
+    value = given(scores, field, f"loss {spec.loss!r}")
     if not spec.needs_head:
       return value
-    head = _given(scores, f"{field}_head", f"ld_alpha={spec.ld_alpha}")
+    head = given(scores, f"{field}_head", f"ld_alpha={spec.ld_alpha}")
     return head + spec.ld_alpha * (value - head)
 
   ratio = total("policy") - total("reference") if spec.needs_reference else total("policy")
@@ -275,7 +298,7 @@ def log_ratio(spec: PreferenceSpec, scores: SequenceScores) -> jax.Array:
 
 
 def _length(scores: SequenceScores) -> jax.Array:
-  return jnp.maximum(_wide(scores.tokens), 1.0)  # An empty response has a sum of 0 to divide.
+  return jnp.maximum(wide(scores.tokens), 1.0)  # An empty response has a sum of 0 to divide.
 
 
 def preference_loss(
@@ -290,120 +313,35 @@ def preference_loss(
 
   Returns:
     float32 loss of each pair, and by name, of each pair: `chosen_reward` and `rejected_reward` (beta d;
-    beta S / n for SimPO and ORPO), `reward_margin`, `reward_accuracy` (1 where the chosen has the larger
-    reward, 0.5 where they tie), `chosen_log_prob` and `rejected_log_prob` (S, nats).
+    beta S / n for SimPO, lambda S / n for ORPO), `reward_margin`, `reward_accuracy` (1 where the chosen
+    has the larger reward, 0.5 where they tie), `chosen_log_prob` and `rejected_log_prob` (S, nats).
 
   Raises:
     ValueError: a score that the loss needs is None.
   """
   entry = LOSSES[spec.loss]
-  means = [_wide(side.policy) / _length(side) for side in (chosen, rejected)]
+  means = [wide(side.policy) / _length(side) for side in (chosen, rejected)]
   sides = Sides(
-    log_ratio(spec, chosen), log_ratio(spec, rejected), *means, _wide(chosen.tokens) - _wide(rejected.tokens)
+    log_ratio(spec, chosen), log_ratio(spec, rejected), *means, wide(chosen.tokens) - wide(rejected.tokens)
   )
   loss = entry.compute(spec, sides)
   if spec.weighting == "wpo":
-    aligned = _given(chosen, "aligned", "weighting='wpo'") + _given(rejected, "aligned", "weighting='wpo'")
+    aligned = given(chosen, "aligned", "weighting='wpo'") + given(rejected, "aligned", "weighting='wpo'")
     loss = loss * jax.lax.stop_gradient(jnp.exp(aligned))
   if spec.nll:
-    loss = loss - spec.nll * (sides.mean_w if spec.nll_norm == "mean" else _wide(chosen.policy))
+    loss = loss - spec.nll * (sides.mean_w if spec.nll_norm == "mean" else wide(chosen.policy))
   if spec.entropy_weight:
     reason = f"entropy_weight={spec.entropy_weight}"
-    loss = loss - spec.entropy_weight * _given(chosen, "entropy", reason)
+    loss = loss - spec.entropy_weight * given(chosen, "entropy", reason)
   rewards = means if entry.rewards_are_means else (sides.d_w, sides.d_l)
-  reward_w, reward_l = (jax.lax.stop_gradient(spec.beta * reward) for reward in rewards)
+  weight = spec.beta if entry.uses_beta else spec.odds_weight
+  reward_w, reward_l = (jax.lax.stop_gradient(weight * reward) for reward in rewards)
   metrics = {
     "chosen_reward": reward_w,
     "rejected_reward": reward_l,
     "reward_margin": reward_w - reward_l,
     "reward_accuracy": 0.5 * (1 + jnp.sign(reward_w - reward_l)),
-    "chosen_log_prob": jax.lax.stop_gradient(_wide(chosen.policy)),
-    "rejected_log_prob": jax.lax.stop_gradient(_wide(rejected.policy)),
+    "chosen_log_prob": jax.lax.stop_gradient(wide(chosen.policy)),
+    "rejected_log_prob": jax.lax.stop_gradient(wide(rejected.policy)),
   }
   return loss, metrics
-
-
-def group_dpo_loss(
-  beta: float, scores: SequenceScores, is_correct: jax.Array, is_valid: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-  """Mean of -log sigma(beta (d(i) - d(j))) over all correct i and incorrect j of a pool.
-
-  Args:
-    beta: as in DPO.
-    scores: of the responses of a pool, [..., G], with a reference.
-    is_correct: bool [..., G].
-    is_valid: bool [..., G], False at padding; None: all are.
-
-  Returns:
-    float32 [...] loss, 0 where there is no pair, and float32 [...] weight, 1 where there is one.
-
-  Source: the authors' branch of fairseq2, `_group_dpo.py`.
-  """
-  d = _wide(scores.policy) - _given(scores, "reference", "group_dpo_loss")
-  is_valid = jnp.ones(d.shape, bool) if is_valid is None else is_valid
-  good, bad = is_correct & is_valid, ~is_correct & is_valid
-  is_pair = good[..., :, None] & bad[..., None, :]
-  losses = -jax.nn.log_sigmoid(beta * (d[..., :, None] - d[..., None, :]))
-  pairs = is_pair.sum(axis=(-2, -1))
-  total = jnp.where(is_pair, losses, 0.0).sum(axis=(-2, -1))
-  return total / jnp.maximum(pairs, 1), (pairs > 0).astype(d.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class KtoSpec(Spec):
-  """Settings of KTO (arXiv 2402.01306).
-
-  Attributes:
-    beta: weight of the implicit reward.
-    desirable_weight: weight of desirable responses; times their number it should be about the
-      undesirable ones' weight times theirs.
-    undesirable_weight: weight of undesirable responses.
-  """
-
-  beta: float = 0.1
-  desirable_weight: float = 1.0
-  undesirable_weight: float = 1.0
-
-  def __post_init__(self):
-    for field in ("beta", "desirable_weight", "undesirable_weight"):
-      if not getattr(self, field) > 0:
-        raise ValueError(f"{field}={getattr(self, field)}: give a positive number")
-
-
-def kto_reference_point(mismatched: SequenceScores, weights: jax.Array | None = None) -> jax.Array:
-  """Returns z = max(0, mean of d over mismatched prompts and responses), without gradient, nats.
-
-  Args:
-    mismatched: scores of each prompt with another prompt's response (at least two prompts), with a
-      reference.
-    weights: 0 at padding; None: all count.
-
-  Source: arXiv 2402.01306, section 4.1. The mean is that of the batch it is given, microbatches apart.
-  """
-  d = _wide(mismatched.policy) - _given(mismatched, "reference", "kto_reference_point")
-  weights = jnp.ones_like(d) if weights is None else weights
-  mean = jnp.where(weights == 0, 0.0, d * weights).sum() / jnp.maximum(weights.sum(), 1e-9)
-  return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
-
-
-def kto_loss(
-  spec: KtoSpec, scores: SequenceScores, is_desirable: jax.Array, reference_point: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """KTO's loss of each response: no pairs, only whether it is desirable.
-
-  Args:
-    spec: settings.
-    scores: of responses to their own prompts, any shape, with a reference.
-    is_desirable: bool, same shape.
-    reference_point: z of `kto_reference_point`, scalar.
-
-  Returns:
-    float32 loss of each response (its weight included), and metrics by name: `reward` (beta d) and
-    `log_prob` (S).
-  """
-  d = _wide(scores.policy) - _given(scores, "reference", "kto_loss")
-  sign = jnp.where(is_desirable, 1.0, -1.0)
-  weight = jnp.where(is_desirable, spec.desirable_weight, spec.undesirable_weight)
-  loss = weight * jax.nn.sigmoid(-sign * spec.beta * (d - reference_point))
-  metrics = {"reward": spec.beta * d, "log_prob": _wide(scores.policy)}
-  return loss, jax.tree.map(jax.lax.stop_gradient, metrics)

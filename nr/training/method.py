@@ -10,6 +10,8 @@ from nr.objectives.weighted import LossOutput
 
 PyTree = Any
 ALL = (".*",)
+SURVEY = "survey"
+"""Field of the batch in which the loss finds what `Method.survey` found."""
 
 
 def _no_extra(params: PyTree) -> PyTree:
@@ -59,6 +61,11 @@ class Method(NamedTuple):
     decay: patterns of the parameters that weight decay shrinks.
     constrain: wraps the whole optimizer, clipping included (for example: project
       the gradient, update, renormalise as part of the update).
+    survey: (params, frozen, extra, batch, key) -> pytree of sums over the rows it is
+      given, for a loss that needs to know something of the whole global batch
+      (a mean, such as KTO's reference point). Added up over the microbatches
+      before the first of them is differentiated, and handed to the loss as
+      `batch[SURVEY]`, a constant. None: the loss needs nothing.
   """
 
   name: str
@@ -74,6 +81,7 @@ class Method(NamedTuple):
   trainable: tuple[str, ...] = ALL
   decay: tuple[str, ...] = ALL
   constrain: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _unconstrained
+  survey: Callable[[PyTree, PyTree, PyTree, PyTree, jax.Array], PyTree] | None = None
 
 
 class Evaluator(NamedTuple):

@@ -1,5 +1,6 @@
 """The one train step: exact accumulation by weight, one division, one update."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nr.objectives.weighted import LossOutput, Weighted
 from nr.training import sharding, trees
-from nr.training.method import Method
+from nr.training.method import SURVEY, Method
 from nr.training.optimizers import Optimizer
 from nr.training.state import TrainState, abstract_state, state_shardings
 
@@ -43,6 +44,8 @@ def accumulate(
 ) -> tuple[PyTree, LossOutput]:  # fmt: skip
   """Sums loss, metrics, statistics and gradients of the summed loss over microbatches.
 
+  A method's survey goes over all of them first.
+
   Args:
     method: the method; only its trainable parameters are differentiated.
     params: all parameters.
@@ -66,19 +69,34 @@ def accumulate(
     return output.loss.total.astype(jnp.float32), output
 
   gradient = jax.grad(summed_loss, has_aux=True)
+  known: dict[str, PyTree] = {}
+  if method.survey is not None:
+
+    def look(rows: PyTree, index: jax.Array | int) -> PyTree:
+      return method.survey(params, frozen, extra, rows, jax.random.fold_in(key, index))
+
+    known[SURVEY] = _sum_microbatches(look, batch, accumulation, mesh)
 
   def one(rows: PyTree, index: jax.Array | int) -> tuple[PyTree, LossOutput]:
+    rows = {**rows, **known} if known else rows
     gradients, output = gradient(trainable, rows, jax.random.fold_in(key, index))
     return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), output
 
+  return _sum_microbatches(one, batch, accumulation, mesh)
+
+
+def _sum_microbatches(
+  function: Callable[[PyTree, jax.Array | int], PyTree], batch: PyTree, accumulation: int, mesh: Mesh | None
+) -> PyTree:
+  """Adds up what a function of (rows, number of the microbatch) returns."""
   if accumulation == 1:
-    return one(batch, 0)
+    return function(batch, 0)
   rows = _microbatches(batch, accumulation, mesh)
   first = jax.tree.map(lambda x: x[0], rows)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first, 0))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first, 0))
 
   def add_one(total: PyTree, item: tuple[PyTree, jax.Array]) -> tuple[PyTree, None]:
-    return jax.tree.map(jnp.add, total, one(*item)), None
+    return jax.tree.map(jnp.add, total, function(*item)), None
 
   return jax.lax.scan(add_one, zeros, (rows, jnp.arange(accumulation)))[0]
 

@@ -40,6 +40,7 @@ ORPO = {"orpo": dict(beta=0.1), "orpo_beta": dict(beta=1.0)}
 KTO = {
   "kto": dict(beta=0.3),
   "kto_weights": dict(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5),
+  "kto_below": dict(beta=0.3, is_below=True),
 }
 REWARD = {"reward": {}, "reward_margin": dict(margin=True), "reward_centred": dict(centre=0.01)}
 GRPO = {
@@ -173,25 +174,27 @@ def orpo(values, policy, **attributes):
   return -ORPOTrainer.odds_ratio_loss(trainer(**attributes), *sums_of(values, policy, True))[0].mean()
 
 
-def kto(values, policy, *, desirable_weight=1.0, undesirable_weight=1.0, **attributes):
-  """Returns the loss of TRL's KTOTrainer."""
+def kto(values, policy, *, desirable_weight=1.0, undesirable_weight=1.0, is_below=False, **attributes):
+  """Returns the loss of TRL's KTOTrainer; `is_below`: with a mismatched mean below 0, which it clips."""
   import torch
   from trl import KTOTrainer
 
+  mismatched = [torch.from_numpy(values[name]).sum(1) for name in ("mismatched", "mismatched_reference")]
+  own, other = mismatched[::-1] if is_below else mismatched
   stand_in = trainer(
     loss_type="kto",
     calculate_KL=True,
     precompute_ref_logps=True,
     desirable_weight=desirable_weight,
     undesirable_weight=undesirable_weight,
-    _compute_kl_logps=lambda model, batch: torch.from_numpy(values["mismatched"]).sum(1),
+    _compute_kl_logps=lambda model, batch: own,
     **attributes,
   )
   batch = dict(
     **token_inputs(values),
     label=torch.from_numpy(values["labels"]),
     ref_logps=torch.from_numpy(values["reference"]).sum(1),
-    ref_KL_logps=torch.from_numpy(values["mismatched_reference"]).sum(1),
+    ref_KL_logps=other,
   )
   model = lambda **_: outputs(values, policy)  # noqa: E731
   return KTOTrainer._compute_loss(stand_in, model, batch, False)

@@ -7,17 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nr.objectives.preference import (
-  LOSSES,
+from nr.objectives.preference import LOSSES, PreferenceSpec, log_one_minus_exp, preference_loss
+from nr.objectives.sequence_scores import SequenceScores, first_tokens, sum_responses, token_statistics
+from nr.objectives.unpaired_preference import (
   KtoSpec,
-  PreferenceSpec,
   group_dpo_loss,
   kto_loss,
   kto_reference_point,
-  log_one_minus_exp,
-  preference_loss,
+  mismatched_log_ratio,
 )
-from nr.objectives.sequence_scores import SequenceScores, first_tokens, sum_responses, token_statistics
 
 LN_2 = float(np.log(2))
 
@@ -77,12 +75,23 @@ def test_kto_reference_point_is_a_clipped_mean_without_gradient():
   policy, weights = jnp.asarray([-1.0, -2.0, jnp.nan]), jnp.asarray([1.0, 1.0, 0.0])
 
   def point(policy):
-    return kto_reference_point(scores(policy, jnp.ones(3), jnp.asarray([-3.0, -2.5, 0.0])), weights)
+    mismatched = scores(policy, jnp.ones(3), jnp.asarray([-3.0, -2.5, 0.0]))
+    return kto_reference_point(mismatched_log_ratio(mismatched, weights))
 
   assert float(point(policy)) == pytest.approx(1.25)
   np.testing.assert_array_equal(jax.grad(point)(policy.at[2].set(0.0)), 0.0)
-  low = kto_reference_point(scores(jnp.asarray([-5.0]), jnp.ones(1), jnp.asarray([-3.0])))
-  assert float(low) == 0.0
+  below = mismatched_log_ratio(scores(jnp.asarray([-5.0]), jnp.ones(1), jnp.asarray([-3.0])))
+  assert float(kto_reference_point(below)) == 0.0 and float(below.mean()) == -2.0
+  nobody = mismatched_log_ratio(scores(policy, jnp.ones(3), jnp.ones(3)), jnp.zeros(3))
+  assert float(kto_reference_point(nobody)) == 0.0
+
+
+def test_balanced_kto_gives_both_kinds_one_weight():
+  spec = KtoSpec.balanced(30, 10, beta=0.2)
+  assert (spec.beta, spec.desirable_weight, spec.undesirable_weight) == (0.2, 1.0, 3.0)
+  assert KtoSpec.balanced(5, 20).desirable_weight == 4.0 and KtoSpec.balanced(7, 7) == KtoSpec()
+  with pytest.raises(ValueError, match="num_undesirable=0"):
+    KtoSpec.balanced(3, 0)
 
 
 def test_before_the_first_step_the_losses_are_known():
@@ -236,6 +245,13 @@ def test_group_dpo_is_the_mean_over_all_pairs():
   assert float(masked[1]) == 0.0 and weight.tolist() == [1.0, 0.0]
 
 
+def test_a_group_of_two_is_a_pair():
+  chosen, rejected = random_scores(0), random_scores(1)
+  group = jax.tree.map(lambda *sides: jnp.stack(sides, axis=-1), chosen, rejected)
+  loss, _ = group_dpo_loss(0.3, group, jnp.asarray([[True, False]] * 6))
+  np.testing.assert_allclose(loss, preference_loss(PreferenceSpec(beta=0.3), chosen, rejected)[0], rtol=1e-6)
+
+
 def test_log_one_minus_exp_keeps_its_digits():
   a = np.asarray([-1e-6, -1e-3, -0.69, -0.7, -5.0, -30.0, -80.0])
   expected = [float(np.log(-np.expm1(x))) if x > -0.7 else float(np.log1p(-np.exp(x))) for x in a]
@@ -266,6 +282,12 @@ REFUSED = [
   (dict(nll_norm="median"), "nll_norm"),
   (dict(nll_weight=-1.0), "nll_weight=-1.0"),
   (dict(weighting="po"), "weighting"),
+  (dict(nll_norm="sum"), "nll_norm='sum': there is no NLL term"),
+  (dict(loss="cpo", nll_weight=0.0, nll_norm="sum"), "there is no NLL term"),
+  (dict(loss="orpo", beta=0.3), "beta=0.3: loss 'orpo' does not use it; set odds_weight"),
+  (dict(positive_weight=1.0), "only dpo_positive do"),
+  (dict(odds_weight=1.0), "only orpo do"),
+  (dict(loss="cpo", is_length_normalised=True), "is_length_normalised=True"),
 ]
 
 
@@ -273,6 +295,22 @@ REFUSED = [
 def test_invalid_settings_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
     PreferenceSpec(**settings)
+
+
+def test_options_that_something_reads_are_taken():
+  for settings in (
+    dict(nll_weight=0.5, nll_norm="sum"),
+    dict(loss="orpo", nll_norm="sum", odds_weight=1.0),
+    dict(loss="orpo", beta=0.1),  # its default, which configs give everywhere
+    dict(loss="simpo", beta=2.0, gamma=1.0),
+  ):
+    PreferenceSpec(**settings)
+
+
+def test_orpo_reports_rewards_by_its_own_weight():
+  _, metrics = preference_loss(PreferenceSpec("orpo", odds_weight=0.5), CHOSEN, REJECTED)
+  assert float(metrics["chosen_reward"]) == pytest.approx(0.5 * -10 / 5)
+  assert float(metrics["rejected_reward"]) == pytest.approx(0.5 * -12 / 8)
 
 
 def test_missing_scores_are_named():

@@ -8,15 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nr.objectives.group_relative import GroupRelativeSpec, PolicyTokens, group_relative_loss
-from nr.objectives.preference import (
-  KtoSpec,
-  PreferenceSpec,
-  kto_loss,
-  kto_reference_point,
-  preference_loss,
-)
+from nr.objectives.preference import PreferenceSpec, preference_loss
 from nr.objectives.reward_modeling import bradley_terry_loss
 from nr.objectives.sequence_scores import SequenceScores, first_tokens, sum_responses
+from nr.objectives.unpaired_preference import KtoSpec, kto_loss, kto_reference_point, mismatched_log_ratio
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent.parent / "golden" / "trl_losses.json").read_text())
 INPUTS = {name: jnp.asarray(value) for name, value in GOLDEN["inputs"].items()}
@@ -41,9 +36,11 @@ PAIRS = {
   "orpo": PreferenceSpec("orpo", odds_weight=0.1, nll_weight=0.0),
   "orpo_beta": PreferenceSpec("orpo", odds_weight=1.0, nll_weight=0.0),
 }
+# With whether the two sums of mismatched responses change places: their mean is negative then and TRL clips it.
 SINGLES = {
-  "kto": KtoSpec(beta=0.3),
-  "kto_weights": KtoSpec(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5),
+  "kto": (KtoSpec(beta=0.3), False),
+  "kto_weights": (KtoSpec(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5), False),
+  "kto_below": (KtoSpec(beta=0.3), True),
 }
 REWARDS = {"reward": {}, "reward_margin": dict(margin=True), "reward_centred": dict(centring=0.01)}
 LENGTH = MASK.shape[1]
@@ -79,10 +76,13 @@ def of_pairs(policy, spec):
   return preference_loss(spec, *sides)[0].mean()
 
 
-def of_singles(policy, spec):
+def of_singles(policy, case):
+  spec, is_below = case
   scores = SequenceScores(summed(policy), COUNTS, summed(INPUTS["reference"]))
-  mismatched = SequenceScores(summed(INPUTS["mismatched"]), COUNTS, summed(INPUTS["mismatched_reference"]))
-  return kto_loss(spec, scores, INPUTS["labels"], kto_reference_point(mismatched))[0].mean()
+  sums = summed(INPUTS["mismatched"]), summed(INPUTS["mismatched_reference"])
+  ratio = mismatched_log_ratio(SequenceScores(sums[is_below], COUNTS, sums[not is_below]))
+  assert (float(ratio.mean()) < 0) == is_below
+  return kto_loss(spec, scores, INPUTS["labels"], kto_reference_point(ratio))[0].mean()
 
 
 def of_rewards(rewards, settings):

@@ -16,6 +16,7 @@ from nr.models.lora import ATTENTION, MLP, UNEMBEDDING, LoraSpec, count_paramete
 from nr.models.transformer import TransformerSpec
 from nr.models.weight_quantization import quantize_weights
 from nr.objectives.preference import PreferenceSpec
+from nr.objectives.unpaired_preference import KtoSpec
 from nr.training import sharding
 from nr.training.checkpoints import tree_hash
 from nr.training.loop import train
@@ -24,6 +25,7 @@ from nr.training.next_token import next_token_method
 from nr.training.policy import full_policy, lora_policy, new_policy
 from nr.training.preference import preference_method
 from nr.training.state import place_frozen
+from nr.training.unpaired import unpaired_preference_method
 from tests.data.byte_tokenizer import ByteTokenizer
 from tests.training import method_suite
 
@@ -96,6 +98,44 @@ def test_an_adapter_saved_with_stacked_layers_goes_on_with_layers_kept_apart(tmp
   assert set(on.state.params["blocks"]) == {0, 1} and int(first.state.step) == 2
   restored = train(longer, next_token_method(adapted()), data(), workdir=tmp_path)
   assert tree_hash(restored.state) == tree_hash(on.state)
+
+
+def test_dropout_of_an_adapter_is_drawn_anew_every_step_and_never_in_what_is_compared():
+  params, batch = base(), next(iter(data()))
+  dropping = dataclasses.replace(LORA, dropout=0.5)
+  policy = adapted(params, lora=dropping)
+  trained = method_suite.perturbed(policy.start, scale=0.3)
+  method, plain = next_token_method(policy), next_token_method(adapted(params))
+
+  def losses(method):
+    """Of three steps that differ in nothing but their key."""
+    one = jax.jit(lambda key: method.loss(trained, method.frozen, (), batch, key).loss.mean())
+    return [float(one(jax.random.key(number))) for number in range(3)]
+
+  dropped, exact = losses(method), losses(plain)
+  assert len({*dropped, *exact}) == 4 and len(set(exact)) == 1
+  apply = jax.jit(lambda tree: parameters.merge(policy.graphdef, tree)(batch["tokens"]))
+  merged = apply(merge(params, trained, dropping))
+  np.testing.assert_allclose(apply(policy.assemble(trained, policy.fixed)), merged, atol=1e-4)
+  for make in (
+    lambda: preference_method(policy, PreferenceSpec(), reference="base"),
+    lambda: preference_method(policy, PreferenceSpec("simpo")),
+    lambda: unpaired_preference_method(policy, KtoSpec(), reference="base"),
+  ):
+    with pytest.raises(ValueError, match="LoraSpec.dropout=0.5: .* without dropout; set it to 0"):
+      make()
+
+
+def test_a_decomposed_adapter_is_trained_whole_and_alike_on_a_mesh():
+  """DoRA: the magnitudes get gradients, and are sharded as the outputs they belong to."""
+  spec = dataclasses.replace(SPEC, num_layers=1)
+  lora = LoraSpec(rank=2, targets=("blocks/(attention/query|mlp/up)/kernel",), is_weight_decomposed=True)
+  policy, batch = adapted(base(spec=spec), spec, lora), next(iter(data()))
+  method = next_token_method(policy)
+  prepared = method_suite.prepare(method, batch)
+  method_suite.check_gradients_reach_every_trainable_leaf(method, batch, prepared=prepared)
+  meshes = (dict(data=2, fsdp=2, tensor=2, sequence=1),)
+  method_suite.check_devices_agree(method, batch, meshes=meshes, prepared=prepared)
 
 
 def test_full_fine_tuning_begins_where_the_model_stands():

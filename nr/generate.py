@@ -28,6 +28,8 @@ examples:
   python -m nr.generate --checkpoint=hf_folder --prompt='The sea' --beam-width=4
   # the same law, faster on repetitive text: drafts looked up in the text itself
   python -m nr.generate --checkpoint=hf_folder --prompt-file=prompts.txt --draft=ngram
+  # with a low-rank adapter that PEFT, or a run here, has trained
+  python -m nr.generate --checkpoint=hf_folder --adapter=adapter_folder --prompt='The sea'
   # only texts that match a pattern
   python -m nr.generate --checkpoint=hf_folder --prompt='Date: ' --regex='[0-9]{4}-[0-9]{2}-[0-9]{2}'
 """
@@ -47,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
   source = parser.add_argument_group("model")
   source.add_argument("--checkpoint", help="run directory, model folder, Hugging Face folder, .gguf or .bin")
   source.add_argument("--model", help="which model of a run directory, such as students/runs/ntp_seed0/model")
+  source.add_argument(
+    "--adapter", help="low-rank adapter to add into the weights: a folder in PEFT's format, or one of a run"
+  )
   source.add_argument("--tokenizer", help="file or folder, where it does not lie beside the model")
   source.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the parameters")
   source.add_argument("--quantize", choices=("int8", "int4"), help="store the weights in fewer bits")
@@ -145,7 +150,11 @@ def run(arguments: argparse.Namespace) -> None:
   settings = jobs.JobSettings(**{**chosen, "stop": tuple(arguments.stop), "choice": tuple(arguments.choice)})
   started = time.perf_counter()
   checkpoint = open_checkpoint(
-    arguments.checkpoint, tokenizer=arguments.tokenizer, model=arguments.model, dtype=arguments.dtype
+    arguments.checkpoint,
+    tokenizer=arguments.tokenizer,
+    model=arguments.model,
+    dtype=arguments.dtype,
+    adapter=arguments.adapter,
   )
   print(f"model read in {time.perf_counter() - started:.1f} s", file=sys.stderr)
   job = jobs.Job(settings, checkpoint, prompts, law)

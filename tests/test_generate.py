@@ -3,9 +3,13 @@
 import json
 import re
 
+import jax
 import pytest
 
 from nr import generate
+from nr.generators.checkpoints import open_checkpoint
+from nr.models.lora import LoraSpec, init_adapter
+from nr.training.adapter_files import save_adapter
 
 
 @pytest.fixture
@@ -35,6 +39,20 @@ def test_greedy_text_streams_and_is_told_with_rates(run):
   assert run(*GREEDY, "--cache=ring:64")[1] == text
   # Eight bits leave the first words of this text as they are.
   assert run(*GREEDY, "--quantize=int8", "--cache=int8")[1][:20] == text[:20]
+
+
+def test_an_adapter_changes_what_is_said(run, nr_data, tmp_path):
+  checkpoint = open_checkpoint(nr_data / "models" / "stories260k" / "stories260K.bin", layers="scan")
+  spec = LoraSpec(rank=2, targets=("blocks/mlp/down/kernel",))
+  adapter = init_adapter(spec, checkpoint.network.params, jax.random.key(0))
+  save_adapter(tmp_path / "new", spec, adapter)
+  save_adapter(tmp_path / "trained", spec, jax.tree.map(lambda leaf: leaf + 0.2, adapter))
+  text = run(*GREEDY)[1]
+  assert run(*GREEDY, f"--adapter={tmp_path / 'new'}")[1] == text
+  code, other, _ = run(*GREEDY, f"--adapter={tmp_path / 'trained'}")
+  assert code == 0 and other != text
+  code, out, error = run(*GREEDY, "--adapter=nowhere")
+  assert code == 1 and "adapter='nowhere': no such folder" in error.splitlines()[-1] and not out
 
 
 def test_samples_as_json_with_log_probabilities(run):

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from nr import names
 from nr.data.tokenizers import load_tokenizer
 from nr.generation.language_models import Network
-from nr.models import parameters
+from nr.models import lora, parameters
 from nr.models.transformer import TransformerSpec
 from nr.training import model_files
+from nr.training.adapter_files import Adapter, load_adapter
 from nr.training.storage import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -29,6 +30,7 @@ class Checkpoint(NamedTuple):
     begin_ids: token ids that stand before a prompt.
     end_ids: token ids that end a text.
     spec: settings of the model.
+    fingerprint: hash of the parameters as they were saved; None for other people's formats.
   """
 
   name: str
@@ -37,6 +39,7 @@ class Checkpoint(NamedTuple):
   begin_ids: tuple[int, ...]
   end_ids: tuple[int, ...]
   spec: Any
+  fingerprint: str | None = None
 
 
 def open_checkpoint(
@@ -46,6 +49,7 @@ def open_checkpoint(
   model: str | None = None,
   dtype: str = "float32",
   layers: str | None = None,
+  adapter: str | pathlib.Path | None = None,
 ) -> Checkpoint:
   """Opens a model of any kind that the house reads.
 
@@ -57,10 +61,12 @@ def open_checkpoint(
     dtype: compute and storage type of the parameters.
     layers: "scan" or "unroll"; None: unrolled on CPU, where it decodes faster,
       else stacked.
+    adapter: to be added into the weights: a folder in PEFT's format, or one that a
+      recipe left (or the run directory, if it left one only).
 
   Raises:
-    ValueError: nothing that is known lies there, or a tokenizer that is not the
-      model's; names what to give instead.
+    ValueError: nothing that is known lies there, a tokenizer that is not the
+      model's, or an adapter that does not fit; names what to give instead.
     CheckpointError: damaged files.
   """
   path = pathlib.Path(path).expanduser()
@@ -83,7 +89,52 @@ def open_checkpoint(
       f"{path}: its tokenizer has {found.tokenizer.vocab_size} ids and the model {found.network.vocab_size}; "
       "give the tokenizer that the model was trained with"
     )
-  return found
+  return found if adapter is None else _with_adapter(found, pathlib.Path(adapter).expanduser())
+
+
+def _with_adapter(checkpoint: Checkpoint, folder: pathlib.Path) -> Checkpoint:
+  """Returns the checkpoint with an adapter added into its weights."""
+  found = _open_adapter(folder, checkpoint.spec)
+  if found.base is not None and checkpoint.fingerprint not in (None, found.base):
+    raise ValueError(
+      f"adapter={str(folder)!r} was trained on parameters {found.base[:12]}, and {checkpoint.name} holds "
+      f"{checkpoint.fingerprint[:12]}; give the model it was trained on"
+    )
+  params = checkpoint.network.params
+  of_layout = parameters.unstack_layers if model_files.layout_of(checkpoint.spec) == "unroll" else lambda x: x
+  try:
+    params = lora.merge(params, of_layout(found.params), found.lora)
+  except ValueError as error:
+    raise ValueError(f"adapter={str(folder)!r} does not fit {checkpoint.name}: {error}") from error
+  network = dataclasses.replace(checkpoint.network, params=params)
+  return checkpoint._replace(name=f"{checkpoint.name} with {folder}", network=network, fingerprint=None)
+
+
+def _open_adapter(folder: pathlib.Path, spec: Any) -> Adapter:
+  if not folder.is_dir():
+    raise ValueError(f"adapter={str(folder)!r}: no such folder; give one in PEFT's format, or one of a run")
+  if (folder / "adapter_config.json").is_file():
+    from nr.interchange.peft import load_peft
+
+    if not isinstance(spec, TransformerSpec):
+      raise ValueError(f"adapter={str(folder)!r}: PEFT adapts plain transformers; this model is another")
+    return Adapter(*load_peft(folder, spec), base=None)
+  if (folder / MANIFEST).is_file():
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    within = sorted(set(_recorded(manifest, "adapter")))
+    if len(within) != 1:
+      raise ValueError(
+        f"adapter={str(folder)!r} holds {len(within)} adapters; give the folder of one: {', '.join(within) or 'none'}"
+      )
+    folder = folder / within[0]
+  try:
+    return load_adapter(folder)
+  except CheckpointError as error:
+    if (folder / "_CHECKPOINT_METADATA").exists() or (folder / "tree").is_dir():
+      raise
+    raise ValueError(
+      f"adapter={str(folder)!r} holds no adapter that is known: give a folder in PEFT's format or one of a run"
+    ) from error
 
 
 def make_network(spec: Any, params: Any) -> Network:
@@ -163,16 +214,15 @@ def _open_ours(path: pathlib.Path, tokenizer: Any, model: str | None, settings: 
   params = jax.tree.map(lambda leaf: leaf.astype(settings["param_dtype"]), saved.params)
   own = _our_tokenizer(folder, saved.metadata["tokenizer"], tokenizer)
   # Documents follow the end of the one before them.
-  return Checkpoint(
-    str(folder), make_network(spec, params), own, (own.end_of_text_id,), (own.end_of_text_id,), spec
-  )
+  end = (own.end_of_text_id,)
+  return Checkpoint(str(folder), make_network(spec, params), own, end, end, spec, saved.fingerprint)
 
 
 def _model_folder(path: pathlib.Path, model: str | None) -> pathlib.Path:
   if not (path / MANIFEST).is_file():
     return path if model is None else path / model
   manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-  found = sorted(set(_models_of(manifest)))
+  found = sorted(set(_recorded(manifest, "model")))
   if model is None and len(found) == 1:
     return path / found[0]
   if model not in found:
@@ -182,13 +232,13 @@ def _model_folder(path: pathlib.Path, model: str | None) -> pathlib.Path:
   return path / model
 
 
-def _models_of(node: Any) -> list[str]:
-  """Returns the paths that stages have recorded under "model"."""
+def _recorded(node: Any, name: str) -> list[str]:
+  """Returns the paths that stages have recorded under "model", or under another name."""
   if isinstance(node, dict):
-    own = [node["model"]] if isinstance(node.get("model"), str) else []
-    return own + [path for value in node.values() for path in _models_of(value)]
+    own = [node[name]] if isinstance(node.get(name), str) else []
+    return own + [path for value in node.values() for path in _recorded(value, name)]
   if isinstance(node, list):
-    return [path for value in node for path in _models_of(value)]
+    return [path for value in node for path in _recorded(value, name)]
   return []
 
 

@@ -1,13 +1,16 @@
-"""From the pools of a round to what is learnt: pairs, groups with advantages, or accepted responses."""
+"""From the pools of a round to what is learnt: pairs, labelled responses, groups, or accepted responses."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from nr.data.example_batches import ExampleBatches, padded_batches
 from nr.data.examples import EncodedExample, EncodingReport, LeftOut, LengthLimits, join
+from nr.data.labelled_responses import ONE_KIND, has_both_kinds, join_group
 from nr.data.pools import Pool, PoolSample
 from nr.data.preferences import PreferencePair
+from nr.data.unpaired_batches import unpaired_batches
 from nr.objectives.group_relative import GroupRelativeSpec, group_advantages
 
 Batch = dict[str, np.ndarray]
@@ -19,15 +22,20 @@ class Prepared(NamedTuple):
   Attributes:
     examples: pairs, or single responses.
     report: what was left out, and why.
-    num_sequences: of an example: 2 for pairs, 1 for single responses.
+    num_sequences: of an example: 2 for pairs, 1 for single responses, as many as a pool has
+      for groups.
     columns: further fields of the batches, [examples, ...]: row i belongs to example i;
       with an axis of tokens they are aligned with the targets and padded with 0.
+    num_labels: of an example: 1 for labelled responses, as many as sequences for groups.
+    make_batches: (examples, batch size, lengths, seed, epochs) -> batches.
   """
 
   examples: list[EncodedExample]
   report: EncodingReport
   num_sequences: int = 2
   columns: Mapping[str, np.ndarray] = {}
+  num_labels: int = 0
+  make_batches: Callable[..., ExampleBatches] = padded_batches
 
 
 class _SampledText:
@@ -170,6 +178,63 @@ def _accepted(
       best.setdefault(sample.text, sample)
     ranked = list(best.values())
   return ranked[: per_prompt or None]
+
+
+def labelled_of(threshold: float) -> Callable[[list[Pool], int], Prepared]:
+  """Returns how pools become labelled responses, for `nr.training.unpaired.unpaired_preference_method` (KTO).
+
+  Every response with a score is one. They come in turns, the first of every pool before the
+  second of any: a batch then holds many prompts, which its mismatched sequences need.
+
+  Args:
+    threshold: responses with a score of at least this are desirable, the others are not.
+  """
+
+  def prepare(pools: list[Pool], max_length: int) -> Prepared:
+    report = EncodingReport()
+    labelled = [_labelled(pool, threshold, max_length, report) for pool in pools]
+    turns = range(max(map(len, labelled), default=0))
+    examples = [of_pool[turn] for turn in turns for of_pool in labelled if turn < len(of_pool)]
+    return Prepared(examples, report, 1, num_labels=1, make_batches=unpaired_batches)
+
+  return prepare
+
+
+def contrasts_of(threshold: float) -> Callable[[list[Pool], int], Prepared]:
+  """Returns how pools become groups, for `nr.training.unpaired.group_preference_method`.
+
+  All good responses of a pool against all bad ones; pools of one kind teach nothing and are left out.
+
+  Args:
+    threshold: responses with a score of at least this are good, the others bad.
+  """
+
+  def prepare(pools: list[Pool], max_length: int) -> Prepared:
+    report, examples = EncodingReport(), []
+    size = max(len(pool.samples) for pool in pools)
+    for pool in pools:
+      members = _labelled(pool, threshold, max_length, report)
+      if has_both_kinds(members):
+        examples.append(join_group(pool.id, members, size))
+      else:
+        report.dropped[ONE_KIND] += [example.id for example in members]
+    report.kept = len(examples)
+    return Prepared(examples, report, size, num_labels=size)
+
+  return prepare
+
+
+def _labelled(pool: Pool, threshold: float, max_length: int, report: EncodingReport) -> list[EncodedExample]:
+  """Returns the responses of a pool that have a score, each with its label."""
+  limits, found = LengthLimits(max_length, when_long="drop"), []
+  for sample in pool.samples:
+    if sample.score is None:
+      continue
+    id = f"{pool.id}/{sample.index}"
+    example = sampled_example(id, pool.prompt_tokens, (sample.tokens,), 1.0, limits, report)
+    if example is not None:
+      found.append(example._replace(labels=(sample.score >= threshold,)))
+  return found
 
 
 def scores_of(pools: list[Pool]) -> np.ndarray:

@@ -14,210 +14,44 @@ log-probabilities, chain and the fingerprint of the parameters that drew them; a
 that was killed finds them again.
 """
 
-import dataclasses
-import hashlib
 import itertools
 import json
-import logging
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from nr.data.example_batches import padded_batches
 from nr.data.examples import EncodedExample, EncodingReport
 from nr.data.json_lines import LineAppender, json_line
-from nr.data.pools import Pool, PoolSample, PoolWriter, read_pools
-from nr.generators.protocol import Generator, Request, Sample, samples_by_request
-from nr.judges.protocol import Item, Judge
+from nr.data.pools import Pool, read_pools
+from nr.judges.protocol import Judge
 from nr.recipes.round_examples import Prepared, with_columns
+from nr.recipes.round_pools import (
+  PoolPrompt,
+  RoundSpec,
+  draw_missing_pools,
+  draw_pools,
+  drawn_as_asked,
+  prompts_of_round,
+)
 from nr.training.fingerprint import fingerprint
 from nr.training.policy import Policy
 
+__all__ = [
+  "PoolPrompt",
+  "RoundBatches",
+  "RoundIterator",
+  "RoundSpec",
+  "draw_pools",
+  "prompts_of_round",
+  "read_notes",
+]
+
 PyTree = Any
 Batch = dict[str, np.ndarray]
-
-
-class PoolPrompt(NamedTuple):
-  """A prompt to draw pools for.
-
-  Attributes:
-    id: unique among the prompts.
-    prompt: text, or messages.
-    reference: what the judge compares with; any JSON value.
-  """
-
-  id: str
-  prompt: Any
-  reference: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class RoundSpec:
-  """How rounds go.
-
-  Attributes:
-    steps_per_round: training steps on the pools of a round.
-    prompts_per_round: prompts whose pools a round draws.
-    num_samples: responses of a prompt.
-    max_new_tokens: most tokens of a response.
-    chain: transforms of the logits while sampling, as text; "" is the policy's own law.
-    seed: of the prompts' order, the samples and the pairs' order.
-    is_repeated: whether the pairs of a round are gone through again, shuffled anew, until
-      its steps are done (offline and iterative); else once, in order, and slots without a
-      pair count nothing (online).
-    prompts_per_write: prompts that are drawn and scored together and then written; a kill
-      loses at most these.
-
-  Raises:
-    ValueError: a number below 1.
-  """
-
-  steps_per_round: int
-  prompts_per_round: int
-  num_samples: int
-  max_new_tokens: int
-  chain: str = ""
-  seed: int = 0
-  is_repeated: bool = False
-  prompts_per_write: int = 64
-
-  def __post_init__(self):
-    for field in (
-      "steps_per_round", "prompts_per_round", "num_samples", "max_new_tokens", "prompts_per_write",
-    ):  # fmt: skip
-      if getattr(self, field) < 1:
-        raise ValueError(f"{field}={getattr(self, field)}: give at least 1")
-
-
-def prompts_of_round(prompts: Sequence[PoolPrompt], spec: RoundSpec, round: int) -> list[PoolPrompt]:
-  """Returns the prompts of a round: all of them in shuffled order, again and again.
-
-  Each gets an id of its own, "<id>/<pass>", for a prompt may come more than once.
-  """
-  found, first = [], round * spec.prompts_per_round
-  for place in range(first, first + spec.prompts_per_round):
-    epoch, index = divmod(place, len(prompts))
-    order = np.random.default_rng([spec.seed, epoch]).permutation(len(prompts))
-    prompt = prompts[int(order[index])]
-    found.append(prompt._replace(id=f"{prompt.id}/{epoch}"))
-  return found
-
-
-def draw_pools(
-  path: pathlib.Path,
-  prompts: Sequence[PoolPrompt],
-  generator: Generator,
-  judge: Judge,
-  spec: RoundSpec,
-  round: int,
-  model: str,
-) -> list[Pool]:
-  """Draws and scores the pools of a round; those that the file holds already are not drawn again.
-
-  A file that other parameters wrote is moved aside, never mixed in.
-
-  Args:
-    path: JSON lines file of the round.
-    prompts: of this round.
-    generator: draws the responses.
-    judge: scores them; what cannot be judged keeps the score None.
-    spec: how many, how long, by which law.
-    round: number of the round.
-    model: fingerprint of the parameters.
-
-  Returns:
-    One pool a prompt, in the order of the prompts.
-  """
-  _set_aside_if_other(path, model, spec, {prompt.id for prompt in prompts})
-  with PoolWriter(path) as writer:
-    for start in range(0, len(prompts), spec.prompts_per_write):
-      together = prompts[start : start + spec.prompts_per_write]
-      owed = {prompt.id for prompt in together if writer.missing(prompt.id, spec.num_samples, round)}
-      # Drawn together again even if a few are owed: batches of another shape round differently.
-      for pool in _draw(together, generator, judge, spec, round, model) if owed else ():
-        if pool.id in owed:
-          writer.append(pool)
-  by_id = {pool.id: pool for pool in read_pools(path)}
-  return [by_id[prompt.id] for prompt in prompts]
-
-
-def _set_aside_if_other(path: pathlib.Path, model: str, spec: RoundSpec, ids: set[str]) -> None:
-  if not path.exists():
-    return
-  pools = read_pools(path)
-  wanted = model, spec.chain, spec.num_samples
-  if all(pool.id in ids and (pool.model, pool.chain, len(pool.samples)) == wanted for pool in pools):
-    return
-  number = len(list(path.parent.glob(f"{path.stem}.other*.jsonl")))
-  aside = path.with_name(f"{path.stem}.other{number}.jsonl")
-  path.rename(aside)
-  logging.warning("%s was drawn by other parameters or in another way: kept as %s", path, aside.name)
-
-
-def _draw(
-  prompts: Sequence[PoolPrompt], generator: Generator, judge: Judge, spec: RoundSpec, round: int, model: str
-) -> Iterator[Pool]:
-  # The round is part of the seed: the same prompt is answered with other noise in the next.
-  seed = int.from_bytes(hashlib.sha256(f"{spec.seed}/{round}".encode()).digest()[:4], "big") >> 1
-  requests = [
-    Request(
-      prompt.id,
-      prompt.prompt,
-      num_samples=spec.num_samples,
-      max_new_tokens=spec.max_new_tokens,
-      chain=spec.chain,
-      seed=seed,
-    )
-    for prompt in prompts
-  ]
-  drawn = samples_by_request(requests, generator.generate(requests))
-  scored = _scores(prompts, drawn, judge)
-  for prompt, request, samples in zip(prompts, requests, drawn):
-    yield Pool(
-      id=prompt.id,
-      prompt=prompt.prompt,
-      samples=tuple(_record(sample, *scored[prompt.id, sample.index]) for sample in samples),
-      reference=prompt.reference,
-      prompt_tokens=tuple(generator.encode(request.prompt)) if hasattr(generator, "encode") else None,
-      round=round,
-      chain=spec.chain,
-      model=model,
-      seed=seed,
-    )
-
-
-def _scores(prompts: Sequence[PoolPrompt], drawn: list[list[Sample]], judge: Judge) -> dict:
-  """Returns (score or None, details) by (prompt id, index); a sample that failed was never judged."""
-  keys, items, found = [], [], {}
-  for prompt, samples in zip(prompts, drawn):
-    asked = prompt.prompt if isinstance(prompt.prompt, str) else prompt.prompt[-1]["content"]
-    for sample in samples:
-      found[prompt.id, sample.index] = None, {"reason": sample.error}
-      if sample.error is None:
-        keys.append((prompt.id, sample.index))
-        items.append(Item(f"{prompt.id}/{sample.index}", asked, sample.text, prompt.reference))
-  for key, judged in zip(keys, judge.judge(items), strict=True):
-    details = dict(judged.details)
-    found[key] = judged.score, {**details, "reason": judged.reason} if judged.reason else details
-  return found
-
-
-def _record(sample: Sample, score: float | None, details: Mapping[str, Any]) -> PoolSample:
-  return PoolSample(
-    index=sample.index,
-    text=sample.text,
-    tokens=sample.tokens,
-    log_probs=sample.log_probs,
-    transformed_log_probs=sample.transformed_log_probs,
-    finish_reason=sample.finish_reason,
-    score=score,
-    details=details,
-    extras=dict(sample.extras),
-  )
 
 
 class RoundBatches:
@@ -283,27 +117,33 @@ class RoundBatches:
     Raises:
       ValueError: pools that must be there are not complete.
     """
+    # The step before may still run: its time is training's, and sampling has to wait for it anyway.
+    jax.block_until_ready(params)
     began = time.monotonic()
     prompts = prompts_of_round(self.prompts, self.spec, round)
     if params is None:
       pools = self._complete_pools(round, prompts)
     else:
-      name, is_new = fingerprint(params), not self.path(round).exists()
+      name = fingerprint(params)
       generator = self.generator.with_params(self._assemble(params, self.policy.fixed), model=name)
-      pools = draw_pools(self.path(round), prompts, generator, self.judge, self.spec, round, name)
+      pools, num_found = draw_missing_pools(
+        self.path(round), prompts, generator, self.judge, self.spec, round, name
+      )
     _require_some_text(round, pools)
     prepared = self.prepare(pools, self.lengths[-1])
     if params is not None:
-      self._note(round, pools, prepared.report, time.monotonic() - began if is_new else None)
+      self._note(round, pools, prepared.report, None if num_found else time.monotonic() - began)
     return self._batches(round, prepared)
 
   def _complete_pools(self, round: int, prompts: list[PoolPrompt]) -> list[Pool]:
     path = self.path(round)
-    found = {pool.id: pool for pool in read_pools(path)} if path.exists() else {}
-    if any(len(found.get(prompt.id, Pool("", "")).samples) < self.spec.num_samples for prompt in prompts):
+    pools = read_pools(path) if path.exists() else []
+    found = drawn_as_asked(pools, prompts, self.spec, round)
+    if any(prompt.id not in found for prompt in prompts):
       raise ValueError(
-        f"{path}: the run goes on in the middle of round {round} and its pools are not all there; restore the "
-        f"file, or go back to a checkpoint of step {round * self.spec.steps_per_round} or earlier"
+        f"{path}: the run goes on in the middle of round {round} and its pools are not all there, or were drawn in "
+        f"another way; restore the file and the settings, or go back to a checkpoint of step "
+        f"{round * self.spec.steps_per_round} or earlier"
       )
     return [found[prompt.id] for prompt in prompts]
 
@@ -311,7 +151,7 @@ class RoundBatches:
     given, steps, examples = 0, self.spec.steps_per_round, prepared.examples
     if examples:
       epochs = None if self.spec.is_repeated else 1
-      batches = padded_batches(examples, self.batch_size, self.lengths, self._seed(round), epochs)
+      batches = prepared.make_batches(examples, self.batch_size, self.lengths, self._seed(round), epochs)
       for batch in itertools.islice(batches, steps):
         given += 1
         yield with_columns(batch, prepared.columns)
@@ -325,9 +165,9 @@ class RoundBatches:
     authors' code of DivPO, which multiplies the loss of such a step by 0.
     """
     nothing = np.zeros(2, np.int32), np.zeros(2, bool)
-    sides = prepared.num_sequences
-    example = EncodedExample("none", (nothing[0],) * sides, (nothing[1],) * sides, 0.0)
-    batch = next(iter(padded_batches([example], self.batch_size, self.lengths[-1:], None, 1)))
+    sides, labels = prepared.num_sequences, (False,) * prepared.num_labels
+    example = EncodedExample("none", (nothing[0],) * sides, (nothing[1],) * sides, 0.0, labels)
+    batch = next(iter(prepared.make_batches([example], self.batch_size, self.lengths[-1:], None, 1)))
     return {**batch, "indices": np.full_like(batch["indices"], -1)}
 
   def _seed(self, round: int) -> int | None:
@@ -342,6 +182,7 @@ class RoundBatches:
     lengths = [len(sample.tokens) for sample in samples if sample.tokens is not None]
     row = {
       "round": round,
+      "model": pools[0].model,
       "pools": len(pools),
       "samples": len(samples),
       "unscored": len(samples) - len(scores),
@@ -372,15 +213,18 @@ def _require_some_text(round: int, pools: list[Pool]) -> None:
 
 
 def read_notes(directory: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns what every round came to: of several notes the latest, with the seconds of the first."""
+  """Returns what every round came to: of several notes the latest, with the seconds in which its pools were drawn.
+
+  A run that begins again in front of a round notes it again. The seconds are None where the
+  pools were drawn in more than one attempt.
+  """
   found: dict[int, dict[str, Any]] = {}
   for line in (directory / "rounds.jsonl").read_text(encoding="utf-8").splitlines():
     row = json.loads(line)
-    earlier = found.get(row["round"], row)
-    found[row["round"]] = {
-      **row,
-      "seconds": row["seconds"] if row["seconds"] is not None else earlier["seconds"],
-    }
+    earlier = found.get(row["round"])
+    if row["seconds"] is None and earlier is not None and earlier.get("model") == row.get("model"):
+      row["seconds"] = earlier["seconds"]
+    found[row["round"]] = row
   return [found[number] for number in sorted(found)]
 
 
@@ -410,9 +254,20 @@ class RoundIterator(Iterator[Batch]):
     return batch
 
   def get_state(self) -> dict[str, int]:
-    """Returns the number of batches given out."""
-    return {"step": self._step}
+    """Returns the number of batches given out, and how many a round has."""
+    return {"step": self._step, "steps_per_round": self._rounds.spec.steps_per_round}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
-    """Goes to a place that `get_state` returned; the round is opened by `receive`."""
+    """Goes to a place that `get_state` returned; the round is opened by `receive`.
+
+    Raises:
+      ValueError: rounds were of another length: the place would lie in another round.
+    """
+    now = self._rounds.spec.steps_per_round
+    before = int(state.get("steps_per_round", now))
+    if before != now:
+      raise ValueError(
+        f"steps_per_round={now}: the checkpoint was made with {before}; restore the old value, or begin in "
+        "another workdir"
+      )
     self._step, self._left = int(state["step"]), None

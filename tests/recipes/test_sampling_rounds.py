@@ -18,7 +18,8 @@ from nr.models.transformer import TransformerSpec
 from nr.objectives.group_relative import GroupRelativeSpec
 from nr.objectives.preference import PreferenceSpec
 from nr.objectives.sequence_scores import token_statistics
-from nr.recipes.round_examples import accepted_of, groups_of, pairs_of
+from nr.objectives.unpaired_preference import KtoSpec
+from nr.recipes.round_examples import accepted_of, contrasts_of, groups_of, labelled_of, pairs_of
 from nr.recipes.sampling_rounds import (
   PoolPrompt,
   RoundBatches,
@@ -35,6 +36,7 @@ from nr.training.next_token import next_token_method
 from nr.training.policy import full_policy
 from nr.training.preference import preference_method
 from nr.training.step import accumulate
+from nr.training.unpaired import group_preference_method, unpaired_preference_method
 
 TOKENIZER = WordTokenizer(["ask", "tell", "a", "b", "c", "d", "e"])
 SPEC = TransformerSpec.llama(
@@ -255,6 +257,55 @@ def test_notes_survive_a_kill(tmp_path):
   assert note["seconds"] == seconds > 0 and len(path.read_text().splitlines()) == 2
 
 
+def test_a_round_that_is_drawn_again_is_timed_again(tmp_path):
+  """Its pools were another law's and were set aside: the new ones were all drawn in this attempt."""
+  _, rounds = make_run(tmp_path)
+  list(rounds.open_round(0, rounds.policy.start))
+  _, cooler = make_run(tmp_path, dataclasses.replace(ROUNDS, chain="temperature(0.5)"))
+  list(cooler.open_round(0, cooler.policy.start))
+  assert (rounds.path(0).parent / "round_00000.other0.jsonl").exists()
+  assert all(note["seconds"] > 0 for note in notes(tmp_path)) and len(notes(tmp_path)) == 2
+
+
+def test_seconds_of_other_pools_are_not_taken_over(tmp_path):
+  rows = [dict(round=0, model="a", seconds=5.0), dict(round=0, model="b", seconds=None)]
+  path = tmp_path / "rounds.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  assert read_notes(tmp_path) == [rows[1]]
+  path.write_text("".join(json.dumps({**row, "model": "a"}) + "\n" for row in rows))
+  assert read_notes(tmp_path)[0]["seconds"] == 5.0
+
+
+def test_pools_for_other_prompts_or_of_another_seed_are_not_taken_for_these(tmp_path):
+  _, rounds = make_run(tmp_path)
+  list(rounds.open_round(0, rounds.policy.start))
+  _, asked = make_run(tmp_path)
+  asked.prompts = [prompt._replace(prompt=f"{prompt.prompt} e") for prompt in PROMPTS]
+  list(asked.open_round(0, asked.policy.start))
+  assert all(pool.prompt.endswith(" e") for pool in read_pools(asked.path(0)))
+  # A run that goes on in the middle of a round would train on them unasked.
+  with pytest.raises(ValueError, match="were drawn in another way"):
+    rounds.open_round(0, None)
+  (rounds.path(0).parent / "round_00000.other0.jsonl").rename(
+    rounds.path(0).parent / "round_00000.other1.jsonl"
+  )
+  kept = (rounds.path(0).parent / "round_00000.other1.jsonl").read_text()
+  _, seeded = make_run(tmp_path, dataclasses.replace(ROUNDS, seed=1))
+  list(seeded.open_round(0, seeded.policy.start))
+  assert (rounds.path(0).parent / "round_00000.other1.jsonl").read_text() == kept, "nothing is written over"
+  assert len(list(rounds.path(0).parent.glob("*.other*"))) == 2
+
+
+def test_rounds_of_another_length_do_not_go_on(tmp_path):
+  _, rounds = make_run(tmp_path)
+  iterator = iter(rounds)
+  iterator.set_state({"step": 2})  # as older checkpoints say it
+  iterator.set_state({"step": 2, "steps_per_round": 2})
+  assert iterator.get_state() == {"step": 2, "steps_per_round": 2}
+  with pytest.raises(ValueError, match="steps_per_round=2: the checkpoint was made with 5"):
+    iterator.set_state({"step": 2, "steps_per_round": 5})
+
+
 def test_pools_of_other_parameters_are_kept_aside(tmp_path):
   train(settings(2), *make_run(tmp_path / "one"), workdir=tmp_path / "one")
   (tmp_path / "two" / "rounds").mkdir(parents=True)
@@ -385,6 +436,58 @@ def test_accepted_responses_are_imitated(tmp_path):
   )
   found = [json.loads(line)["mean_score"] for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
   assert np.mean(found[-4:]) > np.mean(found[:4]) + 0.5
+
+
+def scored(id, prompt, *scores):
+  """A pool whose sample i is the token 3 + i."""
+  samples = [PoolSample(i, "a", (3 + i, 0), score=score) for i, score in enumerate(scores)]
+  return Pool(id, "ask", tuple(samples), prompt_tokens=prompt)
+
+
+def test_pools_become_labelled_responses_in_turns():
+  pools = [scored("one", (1,), 1.0, 0.0, None, 2.0), scored("two", (2,), 0.5, 0.4)]
+  found = labelled_of(1.0)(pools, 8)
+  assert [(each.id, each.labels[0]) for each in found.examples] == [
+    ("one/0", True),
+    ("two/0", False),
+    ("one/1", False),
+    ("two/1", False),
+    ("one/3", True),
+  ]
+  groups = contrasts_of(1.0)([*pools, scored("three", (1, 2), 2.0, 3.0)], 8)
+  assert [(each.id, each.labels) for each in groups.examples] == [("one", (True, False, True, False))]
+  assert [mask.any() for mask in groups.examples[0].is_response] == [True, True, True, False]
+  assert groups.report.kept == 1 and groups.report.dropped == {
+    "no good and bad response of the prompt": ["two/0", "two/1", "three/0", "three/1"]
+  }
+
+
+@pytest.mark.parametrize("kind", ["labelled", "contrasts"])
+def test_rounds_learn_from_labels(tmp_path, kind):
+  """KTO and group DPO on the policy's own samples, none of it in pairs: more of what is rewarded."""
+  params = parameters.split(build_model(SPEC, jax.random.key(0)))[1]
+  policy = full_policy(SPEC, params)
+  generator = InProcess(make_network(SPEC, params), TOKENIZER, batch_size=32)
+  spec = RoundSpec(steps_per_round=1, prompts_per_round=8, num_samples=4, max_new_tokens=4)
+  if kind == "labelled":
+    prepare, rows, method = labelled_of(1.0), 32, unpaired_preference_method(policy, KtoSpec(beta=0.5))
+  else:
+    prepare, rows, method = contrasts_of(1.0), 8, group_preference_method(policy, beta=0.5)
+  judge = Rule(count_a, "count")
+  rounds = RoundBatches(tmp_path, policy, generator, judge, PROMPTS, prepare, spec, rows, (10,))
+  train(settings(20, batch_size=rows, checkpoint=dict(every=0)), method, rounds, workdir=tmp_path)
+  found = [note["mean_score"] for note in read_notes(tmp_path)]
+  assert np.mean(found[-4:]) > np.mean(found[:4]) + 0.3
+  # A round without anything to learn gives batches of the same shapes.
+  nothing = RoundBatches(
+    tmp_path / "none", policy, generator, Rule(lambda item: None, "none"), PROMPTS, prepare, spec, rows, (10,)
+  )
+  (empty,) = nothing.open_round(0, params)
+  (full,) = rounds.open_round(0, params)
+  assert {name: value.shape for name, value in empty.items()} == {
+    name: value.shape for name, value in full.items()
+  }
+  assert empty["pair_weights"].sum() == 0 < full["pair_weights"].sum()
 
 
 def test_failed_samples_are_kept_with_their_reason(tmp_path):

@@ -2,11 +2,20 @@
 
     directory/
       labels.npy      [num_tokens, labels_per_token] uint16, aligned with the token stream, 65535 = none
-      dataset.json    what the labels were made from and with, what was counted, hash of labels.npy
+      weights.npy     float16, as many: weights of the labels; only where the attribution asks for them
+      dataset.json    what the labels were made from and with, what was counted, hashes of the files
 
 Teacher and autoencoder are frozen, so labels depend on the window only and are computed once. The
 header names everything they depend on, and a cache that differs in any of it is refused. While it is
 being written, `progress.json` stands in place of `dataset.json`; a stopped run goes on from there.
+
+One cache serves any number of epochs. Labels belong to tokens: where training shifts its windows from
+epoch to epoch (`nr.data.windows.shuffled_batches`, `shift`), labels move with their tokens and stay what
+the teacher made of its own, fixed windows. With a stride of half the window, a window's second half is
+kept: every token but those of the stream's first window then has at least window / 2 - 1 tokens of
+context, and none but the stream's last goes without labels for being the last of a window. Labels of
+the very windows that a student sees, however shifted, are made in the train step instead
+(`targets.source="online"`).
 """
 
 import dataclasses
@@ -27,6 +36,7 @@ from nr.labels import MAX_CONCEPTS, NO_LABEL
 FORMAT = "nr.concept_labels"
 VERSION = 1
 LABELS = "labels.npy"
+WEIGHTS = "weights.npy"
 PROGRESS = "progress.json"
 _SECONDS_BETWEEN_SAVES = 10.0
 
@@ -65,13 +75,21 @@ class LabelHeader:
 
   def __post_init__(self):
     if self.num_concepts > MAX_CONCEPTS:
-      raise DataError(f"num_concepts={self.num_concepts} does not fit the cache's uint16 labels; "
-                      f"use at most {MAX_CONCEPTS} latents")
+      raise DataError(
+        f"num_concepts={self.num_concepts} does not fit the cache's uint16 labels; "
+        f"use at most {MAX_CONCEPTS} latents"
+      )
     if not 2 <= self.window <= self.num_tokens:
-      raise DataError(f"window={self.window} must lie between 2 and the {self.num_tokens} tokens "
-                      "of the stream")
+      raise DataError(
+        f"window={self.window} must lie between 2 and the {self.num_tokens} tokens of the stream"
+      )
     if not 1 <= self.stride <= self.window:
       raise DataError(f"stride={self.stride} must lie between 1 and window={self.window}")
+
+  @property
+  def is_weighted(self) -> bool:
+    """Whether labels carry weights."""
+    return self.attribution.get("weights", "uniform") != "uniform"
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields as JSON values."""
@@ -132,10 +150,13 @@ class LabelWriter:
       progress = json.loads(path.read_text(encoding="utf-8"))
       _check_equal(path, progress["header"], header.to_dict(), f"remove {self.directory} and label again")
       self._state = progress["state"]
-      self._labels = np.lib.format.open_memmap(self.directory / LABELS, mode="r+")
+      self._arrays = {
+        name: np.lib.format.open_memmap(self.directory / name, mode="r+") for name in self._files()
+      }
     else:
-      (self.directory / HEADER).unlink(missing_ok=True)
-      self._labels = self._create()
+      for name in (HEADER, WEIGHTS):  # of an earlier cache
+        (self.directory / name).unlink(missing_ok=True)
+      self._arrays = {name: self._create(name, dtype) for name, dtype in self._files().items()}
       self.save()
     self._saved_at = time.monotonic()
 
@@ -150,27 +171,42 @@ class LabelWriter:
       yield self.spans[begin : begin + batch_size]
 
   def write(
-    self, spans: list[LabelSpan], labels_BLA: np.ndarray, positive_BL: np.ndarray, scored_BL: np.ndarray
+    self,
+    spans: list[LabelSpan],
+    labels_BLA: np.ndarray,
+    positive_BL: np.ndarray,
+    scored_BL: np.ndarray,
+    weights_BLA: np.ndarray | None = None,
   ) -> None:
     """Writes the labels of the next windows.
 
     Args:
       spans: the windows, as `remaining` gave them.
-      labels_BLA: labels of all their positions, 65535 for none.
-      positive_BL: active latents with a positive score.
+      labels_BLA: labels of all their positions, 65535 for none. Rows behind those of the windows (a
+        batch that was filled up) are left out, here and below.
+      positive_BL: candidates with a positive score.
       scored_BL: positions that may carry labels.
+      weights_BLA: weights of the labels, where the header's attribution weighs them.
 
     Raises:
-      DataError: windows out of order, or a label that is no latent.
+      DataError: windows out of order, a label that is no latent, or weights that are missing, not asked
+        for, negative or not finite.
     """
     if spans != self.spans[self.windows_done : self.windows_done + len(spans)]:
       raise DataError(f"{self.directory}: windows must be written in order; the next is {self.windows_done}")
     wrong = (labels_BLA != NO_LABEL) & ((labels_BLA < 0) | (labels_BLA >= self.header.num_concepts))
     if wrong.any():
       raise DataError(f"label {labels_BLA[wrong][0]} is not below num_concepts={self.header.num_concepts}")
+    if (weights_BLA is not None) != self.header.is_weighted:
+      given = "none were given" if weights_BLA is None else "some were given"
+      raise DataError(f"attribution.weights={self.header.attribution.get('weights')!r}, yet {given}")
+    if weights_BLA is not None and not (np.isfinite(weights_BLA) & (weights_BLA >= 0)).all():
+      raise DataError("weights of labels must be finite and not negative")
     for row, (start, first, stop) in enumerate(spans):
       kept = slice(first - start, stop - start)
-      self._labels[first:stop] = labels_BLA[row, kept]
+      self._arrays[LABELS][first:stop] = labels_BLA[row, kept]
+      if weights_BLA is not None:
+        self._arrays[WEIGHTS][first:stop] = weights_BLA[row, kept]
       scored = scored_BL[row, kept]
       positive = positive_BL[row, kept][scored]
       self._state["scored"] += int(scored.sum())
@@ -183,7 +219,8 @@ class LabelWriter:
   def save(self) -> None:
     """Makes everything written so far survive a kill."""
     # Labels first: progress must never run ahead of them.
-    self._labels.flush()
+    for array in self._arrays.values():
+      array.flush()
     progress = {"header": self.header.to_dict(), "state": self._state}
     replace_text(self.directory / PROGRESS, json.dumps(progress) + "\n")
     self._saved_at = time.monotonic()
@@ -203,29 +240,38 @@ class LabelWriter:
       "scored": self._state["scored"],
       "mean_positive": self._state["positive"] / scored,
       "fewer_than_labels": self._state["fewer"] / scored,
-      "coverage": float((latent_counts(self._labels, self.header.num_concepts) > 0).mean()),
+      "coverage": float((latent_counts(self._arrays[LABELS], self.header.num_concepts) > 0).mean()),
     }
     header = {
-      "format": FORMAT, "version": VERSION, **self.header.to_dict(), "counts": counts,
-      "files": {LABELS: describe_file(self.directory / LABELS)},
+      "format": FORMAT,
+      "version": VERSION,
+      **self.header.to_dict(),
+      "counts": counts,
+      "files": {name: describe_file(self.directory / name) for name in self._files()},
     }
     replace_text(self.directory / HEADER, header_text(header))
     (self.directory / PROGRESS).unlink()
     return LabelCache.open(self.directory)
 
-  def _create(self) -> np.ndarray:
-    path = self.directory / LABELS
+  def _files(self) -> dict[str, Any]:
+    """The arrays of this cache: file name and type."""
+    return {LABELS: np.uint16, WEIGHTS: np.float16} if self.header.is_weighted else {LABELS: np.uint16}
+
+  def _create(self, name: str, dtype: Any) -> np.ndarray:
+    path = self.directory / name
     shape = (self.header.num_tokens, self.header.labels_per_token)
-    labels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=shape)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
       # A full disk is answered now, not by a signal when a mapped page cannot be written.
       try:
         with open(path, "r+b") as stream:
           os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
       except OSError as error:
-        raise DataError(f"{path}: no room for {labels.nbytes} bytes of labels ({error.strerror}); "
-                        "free space or choose another workdir") from error
-    return labels
+        raise DataError(
+          f"{path}: no room for {array.nbytes} bytes of labels ({error.strerror}); "
+          "free space or choose another workdir"
+        ) from error
+    return array
 
 
 class LabelCache:
@@ -235,11 +281,15 @@ class LabelCache:
     directory: where it is.
     header: content of dataset.json.
     labels: [num_tokens, labels_per_token] uint16, memory-mapped, read only.
+    weights: float16 like the labels, 0 where there is none; None where labels count equally.
   """
 
   def __init__(self, directory: pathlib.Path, header: dict[str, Any]):
     self.directory, self.header = directory, header
     self.labels = np.load(directory / LABELS, mmap_mode="r", allow_pickle=False)
+    self.weights = None
+    if WEIGHTS in header["files"]:
+      self.weights = np.load(directory / WEIGHTS, mmap_mode="r", allow_pickle=False)
 
   @classmethod
   def open(
@@ -292,5 +342,6 @@ def _check_equal(path: pathlib.Path, found: Mapping, wanted: Mapping, remedy: st
     if isinstance(value, Mapping) and isinstance(there, Mapping):
       _check_equal(path, there, value, remedy, f"{prefix}{name}.")
     elif there != value:
-      raise DataError(f"{path}, field {prefix + name!r}: labels were made with {there!r}, "
-                      f"expected {value!r}; {remedy}")
+      raise DataError(
+        f"{path}, field {prefix + name!r}: labels were made with {there!r}, expected {value!r}; {remedy}"
+      )

@@ -27,7 +27,8 @@ class WindowSource:
     tokens [L] int32; targets [L] int32, the next tokens (last one: weight 0);
     weights [L] float32, 1 where the target is scored: L - 1 of a window, as in
       the CoCoMix reference, so only a window's first token is never a target;
-    labels [L, 4] int32 where labels are given, 65535 = none;
+    labels [L, A] int32 where labels are given, 65535 = none;
+    label_weights [L, A] float32 where weights of the labels are given, 0 = none;
     documents [L] int32 where asked for: index of the document that the target
       belongs to, -1 where nothing is scored;
     segment_ids [L] int32 (from 1, 0 = padding) and positions [L] int32 (from 0
@@ -46,6 +47,8 @@ class WindowSource:
     overlap: tokens that a window shares with the one before it. With 1, a window's
       first token is a target of the window before, so that every token of the
       stream but the very first is scored exactly once.
+    label_weights: weights of the labels, an array like theirs; None where they
+      count equally.
 
   Raises:
     DataError: a corpus shorter than a window (under "drop"), labels of another
@@ -62,6 +65,7 @@ class WindowSource:
     tail: str = "drop",
     with_documents: bool = False,
     overlap: int = 0,
+    label_weights: np.ndarray | None = None,
   ):
     if length < 2:
       raise DataError(f"length={length} must be at least 2: a window of one token has no target")
@@ -72,7 +76,12 @@ class WindowSource:
         f"labels cover {len(labels)} tokens, {dataset.directory} has {dataset.num_tokens}; "
         "label this dataset again"
       )
+    if label_weights is not None and (labels is None or label_weights.shape != labels.shape):
+      found = None if labels is None else labels.shape
+      raise DataError(f"label_weights of shape {label_weights.shape} belong to labels of shape {found}; "
+                      "give those that were written together")  # fmt: skip
     self.dataset, self.length, self.labels = dataset, length, labels
+    self.label_weights = label_weights
     self.reset_at_documents, self.with_documents = reset_at_documents, with_documents
     if not 0 <= overlap < length:
       raise DataError(f"overlap={overlap} must lie between 0 and length - 1 = {length - 1}")
@@ -108,6 +117,9 @@ class WindowSource:
     if self.labels is not None:
       element["labels"] = np.full((length, self.labels.shape[1]), NO_LABEL, np.int32)
       element["labels"][:size] = self.labels[start:stop]
+    if self.label_weights is not None:
+      element["label_weights"] = np.zeros((length, self.labels.shape[1]), np.float32)
+      element["label_weights"][:size] = self.label_weights[start:stop]
     if self.reset_at_documents or self.with_documents:
       # One more than the window: the document of each target, and of each token.
       documents = dataset.document_of(np.arange(start, start + length + 1))

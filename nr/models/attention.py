@@ -8,7 +8,7 @@ from flax import nnx
 
 from nr.models.cache.base import View
 from nr.models.cache.storage import MASKED_SCORE
-from nr.models.layers import RMSNorm, drop
+from nr.models.layers import RMSNorm, drop, wide_type
 from nr.models.parameters import parameter, zeros_parameter
 from nr.models.partitioning import constrain, target_platform
 from nr.models.transformer_spec import TransformerSpec
@@ -67,9 +67,9 @@ def rotary_angles(positions_BL: jax.Array, spec: TransformerSpec) -> tuple[jax.A
 
 
 def rotate(x_BLHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Turns the pairs (i, i + K/2) of each head by the given angles, in float32."""
+  """Turns the pairs (i, i + K/2) of each head by the given angles, in float32 at least."""
   cos, sin = rotation
-  first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+  first, second = jnp.split(x_BLHK.astype(wide_type(x_BLHK)), 2, axis=-1)
   turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return turned.astype(x_BLHK.dtype)
 
@@ -88,7 +88,7 @@ def blocked_causal_attention(
 
   Skips the keys that no query of a block can see, about half of all scores, which
   on CPU is faster than masking them. Our choice; same values as
-  `jax.nn.dot_product_attention`. Softmax is float32.
+  `jax.nn.dot_product_attention`. Softmax is float32 at least.
 
   Args:
     query_BLHK: queries; head h reads key head h // (H / J).
@@ -105,6 +105,7 @@ def blocked_causal_attention(
   B, L, H, K = query_BLHK.shape
   J = key_BLJK.shape[2]
   G = H // J
+  wide = wide_type(query_BLHK)
   query_BJGLK = (query_BLHK * K**-0.5).reshape(B, L, J, G, K).transpose(0, 2, 3, 1, 4)
   key_BJMK = key_BLJK.transpose(0, 2, 1, 3)
   value_BJMK = value_BLJK.transpose(0, 2, 1, 3)
@@ -113,9 +114,7 @@ def blocked_causal_attention(
     stop = min(start + block, L)
     # The queries of a group are rows R of one product with the keys they share.
     query_BJRK = query_BJGLK[:, :, :, start:stop].reshape(B, J, G * (stop - start), K)
-    scores = jnp.einsum(
-      "bjrk,bjmk->bjrm", query_BJRK, key_BJMK[:, :, :stop], preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("bjrk,bjmk->bjrm", query_BJRK, key_BJMK[:, :, :stop], preferred_element_type=wide)
     is_seen = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop))[None]
     if segment_ids_BL is not None:
       is_seen = is_seen & (segment_ids_BL[:, start:stop, None] == segment_ids_BL[:, None, :stop])
@@ -125,9 +124,7 @@ def blocked_causal_attention(
     total = weights.sum(axis=-1, keepdims=True)
     block_key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
     weights = drop(weights, dropout, block_key).astype(value_BJMK.dtype)
-    mixed = jnp.einsum(
-      "bjrm,bjmk->bjrk", weights, value_BJMK[:, :, :stop], preferred_element_type=jnp.float32
-    )
+    mixed = jnp.einsum("bjrm,bjmk->bjrk", weights, value_BJMK[:, :, :stop], preferred_element_type=wide)
     outputs.append((mixed / total).astype(query_BLHK.dtype).reshape(B, J, G, stop - start, K))
   output_BJGLK = jnp.concatenate(outputs, axis=3)
   return output_BJGLK.transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)

@@ -12,6 +12,11 @@ from nr.models.transformer_spec import TransformerSpec
 from nr.models.weights import contract
 
 
+def wide_type(x: jax.Array) -> Any:
+  """Returns the type in which sums over `x` are formed: float32, or that of `x` where it is wider."""
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   """Sets entries to 0 with probability `rate` and scales the rest; identity without a key."""
   if key is None or rate == 0:
@@ -21,7 +26,7 @@ def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-  """Root-mean-square norm over the last axis (arXiv:1910.07467), float32 inside."""
+  """Root-mean-square norm over the last axis (arXiv:1910.07467), at least float32 inside."""
 
   def __init__(self, size: int, axis: str, spec: TransformerSpec, *, rngs: nnx.Rngs):
     start = jax.nn.initializers.zeros if spec.norm_offset else jax.nn.initializers.ones
@@ -31,13 +36,13 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns `x` scaled to unit mean square, times the learned scale, in the type of `x`."""
-    wide = x.astype(jnp.float32)
+    wide = x.astype(wide_type(x))
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-    return (wide * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
+    return (wide * (self.scale[...].astype(wide.dtype) + self.offset)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
-  """Layer norm over the last axis (arXiv:1607.06450), float32 inside."""
+  """Layer norm over the last axis (arXiv:1607.06450), at least float32 inside."""
 
   def __init__(self, size: int, axis: str, spec: TransformerSpec, *, rngs: nnx.Rngs):
     start = jax.nn.initializers.zeros if spec.norm_offset else jax.nn.initializers.ones
@@ -48,12 +53,12 @@ class LayerNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns `x` with zero mean and unit variance, scaled and shifted, in the type of `x`."""
-    wide = x.astype(jnp.float32)
+    wide = x.astype(wide_type(x))
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-    wide = wide * (self.scale[...].astype(jnp.float32) + self.offset)
+    wide = wide * (self.scale[...].astype(wide.dtype) + self.offset)
     if self.bias is not None:
-      wide = wide + self.bias[...].astype(jnp.float32)
+      wide = wide + self.bias[...].astype(wide.dtype)
     return wide.astype(x.dtype)
 
 

@@ -4,7 +4,8 @@ Source: arXiv 2502.08524, equation 2. With labels I_t of weight 1/|I_t| each,
 
     mean_k CE(z_t, k) = logsumexp(z_t) - mean_{k in I_t} z_t[k]
 
-so two numbers a position are enough and no softmax over the concepts is formed.
+so two numbers a position are enough and no softmax over the concepts is formed. Labels
+of different weight are our addition: their weighted mean stands in the mean's place.
 """
 
 from typing import NamedTuple
@@ -20,8 +21,8 @@ class ConceptPredictionLoss(NamedTuple):
   """What a batch says about concept prediction.
 
   Attributes:
-    loss: nats, weighted over scored positions. At least ln(labels a position)
-      when labels are distinct, because their weight is shared equally.
+    loss: nats, weighted over scored positions. At least the entropy of the labels'
+      weights when labels are distinct: ln(labels a position) where they are equal.
     recall: fraction of labels among the selected concepts, over labels.
     recall_first: fraction of labels among as many of the largest concepts as
       there are label slots.
@@ -38,6 +39,7 @@ def concept_prediction_loss(
   labels_BLA: jax.Array,
   indices_BLK: jax.Array,
   weights_BL: jax.Array | None = None,
+  weights_BLA: jax.Array | None = None,
 ) -> ConceptPredictionLoss:
   """Scores concept predictions against labels.
 
@@ -49,16 +51,22 @@ def concept_prediction_loss(
     indices_BLK: int32 [B, L, K], selected concepts, largest logit first.
     weights_BL: [B, L] weights, 1 everywhere by default. A position without any
       label counts for nothing.
+    weights_BLA: [B, L, A] weights of the labels among those of their position, not
+      negative; only their ratios matter. None counts them equally. A position whose
+      labels weigh nothing counts for nothing. The recalls count labels equally.
 
   Returns:
     Loss and recalls, not yet divided by their weights.
   """
   is_label_BLA = labels_BLA != NO_LABEL
-  count_BL = is_label_BLA.sum(axis=-1, dtype=jnp.float32)
-  weights_BL = jnp.ones(count_BL.shape) if weights_BL is None else weights_BL.astype(jnp.float32)
-  weights_BL = jnp.where(count_BL > 0, weights_BL, 0.0)
-  label_sum_BL = jnp.where(is_label_BLA, label_logits_BLA.astype(jnp.float32), 0.0).sum(axis=-1)
-  loss_BL = log_normalizer_BL - label_sum_BL / jnp.maximum(count_BL, 1.0)
+  if weights_BLA is None:
+    weights_BLA = jnp.ones((), jnp.float32)
+  share_BLA = jnp.where(is_label_BLA, weights_BLA.astype(jnp.float32), 0.0)
+  total_BL = share_BLA.sum(axis=-1)
+  weights_BL = jnp.ones(total_BL.shape) if weights_BL is None else weights_BL.astype(jnp.float32)
+  weights_BL = jnp.where(total_BL > 0, weights_BL, 0.0)
+  label_sum_BL = jnp.where(is_label_BLA, share_BLA * label_logits_BLA.astype(jnp.float32), 0.0).sum(axis=-1)
+  loss_BL = log_normalizer_BL - label_sum_BL / jnp.where(total_BL > 0, total_BL, 1.0)
 
   is_hit_BLAK = labels_BLA.astype(jnp.int32)[..., None] == indices_BLK[..., None, :]
   label_weights_BLA = jnp.where(is_label_BLA, weights_BL[..., None], 0.0)

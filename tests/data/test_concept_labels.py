@@ -86,6 +86,56 @@ def test_a_stopped_run_goes_on_and_gives_the_same_file(tmp_path):
   assert parts.header == whole.header  # the hash and the counts included
 
 
+def weights_of(span, header):
+  """Float16 numbers that say which token of the stream they belong to."""
+  tokens = np.arange(span.start, span.start + header.window)
+  return np.stack([tokens / 64 + slot for slot in range(4)], -1).astype(np.float16)
+
+
+def test_24_weights_are_kept_beside_labels_and_resume_with_them(tmp_path):
+  header = make_header(attribution={"k_attr": 4, "weights": "score"}, stride=4)
+  writer = LabelWriter(tmp_path, header)
+  for _ in range(2):
+    for spans in writer.remaining(2):
+      ones = np.ones((len(spans), 8), bool)
+      labels, weights = (np.stack([of(span, header) for span in spans]) for of in (labels_of, weights_of))
+      # Rows that fill up a batch are left out.
+      filled = (np.concatenate([array, array[:1]]) for array in (labels, ones, ones, weights))
+      writer.write(spans, *filled)
+      if writer.windows_done == 4:
+        writer.save()
+        writer = LabelWriter(tmp_path, header)
+        break
+  cache = writer.finish()
+  cache = LabelCache.open(tmp_path, header, verify_hash=True)
+  np.testing.assert_array_equal(cache.labels, expected_labels(header))
+  expected = np.stack([np.arange(header.num_tokens) / 64 + slot for slot in range(4)], -1)
+  np.testing.assert_array_equal(cache.weights, expected.astype(np.float16))
+  assert not cache.weights.flags.writeable and set(cache.header["files"]) == {"labels.npy", "weights.npy"}
+  with pytest.raises(
+    DataError, match="'attribution.weights': labels were made with 'score', expected 'uniform'"
+  ):
+    LabelCache.open(tmp_path, {"attribution": {"weights": "uniform"}})
+  # Labels without weights in the same folder leave nothing of them behind.
+  assert write(LabelWriter(tmp_path, make_header())).weights is None
+  assert not (tmp_path / "weights.npy").exists()
+
+
+def test_weights_that_are_missing_unasked_or_bad_are_refused(tmp_path):
+  weighted = make_header(attribution={"weights": "score"})
+  for header, weights, message in [
+    (weighted, None, "attribution.weights='score', yet none were given"),
+    (make_header(), np.ones((1, 8, 4)), "attribution.weights=None, yet some were given"),
+    (weighted, np.full((1, 8, 4), np.nan), "must be finite"),
+    (weighted, -np.ones((1, 8, 4)), "and not negative"),
+  ]:
+    writer = LabelWriter(tmp_path / message[:30].replace("/", ""), header)
+    spans = next(writer.remaining(1))
+    ones = np.ones((1, 8), bool)
+    with pytest.raises(DataError, match=message):
+      writer.write(spans, labels_of(spans[0], header)[None], ones, ones, weights)
+
+
 @pytest.mark.parametrize(
   "field, value",
   [("teacher", "t1"), ("autoencoder", "s1"), ("tokenizer", "k1"), ("dataset", "d1"), ("layer", 2),

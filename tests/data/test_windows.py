@@ -38,6 +38,7 @@ def test_an_element_by_hand(tmp_path):
     reset_at_documents=True,
     with_documents=True,
     labels=np.arange(24, dtype=np.uint16).reshape(6, 4),
+    label_weights=np.arange(24, dtype=np.float16).reshape(6, 4) / 8,
   )
   assert len(source) == 2  # a b c . | d .
   np.testing.assert_array_equal(source[0]["tokens"], [97, 98, 99, 256])
@@ -49,8 +50,9 @@ def test_an_element_by_hand(tmp_path):
   np.testing.assert_array_equal(source[1]["segment_ids"], [1, 1, 0, 0])
   np.testing.assert_array_equal(source[1]["positions"], [0, 1, 0, 0])
   np.testing.assert_array_equal(source[1]["labels"][:, 0], [16, 20, NO_LABEL, NO_LABEL])
+  np.testing.assert_array_equal(source[1]["label_weights"][:, 0], [2, 2.5, 0, 0])
   types = {name: value.dtype.name for name, value in source[0].items()}
-  assert types.pop("weights") == "float32" and set(types.values()) == {"int32"}
+  assert types.pop("weights") == types.pop("label_weights") == "float32" and set(types.values()) == {"int32"}
   crossing = WindowSource(toy, 3, tail="drop", reset_at_documents=True)[1]  # . d .
   np.testing.assert_array_equal(crossing["weights"], [0, 1, 0])
   np.testing.assert_array_equal(crossing["segment_ids"], [1, 2, 2])
@@ -71,6 +73,7 @@ def test_bad_settings_name_the_field(dataset):
     (lambda: WindowSource(dataset, 10**6), "length=1000000 is more than the"),
     (lambda: WindowSource(dataset, 8, tail="keep"), "tail='keep'"),
     (lambda: WindowSource(dataset, 8, labels=np.zeros((3, 4))), "labels cover 3 tokens"),
+    (lambda: WindowSource(dataset, 8, label_weights=np.zeros((3, 4))), "belong to labels of shape None"),
     (
       lambda: shuffled_batches(WindowSource(dataset, 8), 1000, 0),
       "batch_size=1000 is more than the .* lower",

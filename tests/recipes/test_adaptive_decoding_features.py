@@ -57,7 +57,7 @@ def test_a_mesh_of_eight_devices_draws_and_reads_the_same(files, tmp_path):
   arrays, spec = arrays_of(opened), LatentPreferenceSpec("latent", "token")
   found = [
     features.read_features(
-      features.Reader(each.network, TAUS, each.mesh, 4, 16), arrays, spec, tmp_path / name, (128,)
+      features.Reader(each.network, TAUS, each.mesh, 4, 16), arrays, spec, tmp_path / name, (128,), (128,)
     )
     for name, each in (("one", opened), ("eight", split))
   ]
@@ -85,7 +85,7 @@ def test_features_of_rows_of_any_length_are_those_of_the_model(files, tmp_path, 
   opened = language_model.opened_checkpoint(config_of(files))
   arrays, spec = arrays_of(opened), LatentPreferenceSpec(variant, level, beta=0.5)
   reader = features.Reader(opened.network, TAUS, pairs_per_call=2)
-  found = features.read_features(reader, arrays, spec, tmp_path, (32, 64, 128))
+  found = features.read_features(reader, arrays, spec, tmp_path, (32, 64, 128), (32, 64, 128))
   model = opened.network.model()
   hidden_P2TD = model.hidden(jnp.asarray(arrays.tokens).reshape(12, -1)).reshape(6, 2, 100, 16)
   places = features.Places.of(arrays)
@@ -150,7 +150,9 @@ def test_t10_the_trainer_finds_the_sampler_s_log_probabilities_of_a_checkpoint(f
   ]  # fmt: skip
   write_pairs(tmp_path / "pairs.jsonl", made)
   arrays, loss = pairs.read_arrays(tmp_path / "pairs.jsonl"), LatentPreferenceSpec("separate", "token")
-  read = features.read_features(features.Reader(opened.network, TAUS), arrays, loss, tmp_path, (32, 64))
+  read = features.read_features(
+    features.Reader(opened.network, TAUS), arrays, loss, tmp_path, (32, 64), (32, 64)
+  )
   (batch,) = features.ordered_batches(features.PairRows(arrays, read, (64,)), 4)
   log_pi = parameters.merge(head.graphdef, head.params)(jnp.asarray(batch["hidden"]))
   sides = score_pairs(loss, log_pi, batch, None)
@@ -185,7 +187,9 @@ def test_features_are_kept_in_the_model_s_own_type(files, tmp_path):
   opened = language_model.opened_checkpoint(config)
   arrays = arrays_of(opened)
   reader = features.Reader(opened.network, TAUS, pairs_per_call=3)
-  found = features.read_features(reader, arrays, LatentPreferenceSpec("separate", "token"), tmp_path, (128,))
+  found = features.read_features(
+    reader, arrays, LatentPreferenceSpec("separate", "token"), tmp_path, (128,), (128,)
+  )
   assert found.hidden.dtype == jnp.bfloat16 and found.words is None
   assert (tmp_path / "hidden.bin").stat().st_size == int(arrays.weights.sum()) * 16 * 2
 

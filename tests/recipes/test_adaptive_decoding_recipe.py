@@ -251,7 +251,7 @@ def rows_of(arrays, spec, folder):
   """All pairs as one batch, with features where there is a folder for them."""
   lengths = (families.LENGTH,)
   reader = features.Reader(network(), TAUS)
-  found = None if folder is None else features.read_features(reader, arrays, spec, folder, lengths)
+  found = None if folder is None else features.read_features(reader, arrays, spec, folder, lengths, lengths)
   rows = features.PairRows(arrays, found, lengths)
   return features.stacked(rows, range(len(rows)), families.LENGTH)
 

@@ -185,10 +185,10 @@ def _or_nan(value: float | None) -> float:
   return np.nan if value is None else value
 
 
-def choices_of(pools: Sequence[Pool]) -> np.ndarray:
-  """Returns int32 [P * N, T], the setting that each token was drawn with; -1 behind the end."""
+def choices_of(pools: Sequence[Pool], length: int) -> np.ndarray:
+  """Returns int32 [P * N, length], the setting that each token was drawn with; -1 behind the end."""
   rows = [sample.extras.get("choices", ()) for pool in pools for sample in pool.samples]
-  choices_RN = np.full((len(rows), max(map(len, rows))), -1, np.int32)
+  choices_RN = np.full((len(rows), length), -1, np.int32)
   for row, choices in enumerate(rows):
     choices_RN[row, : len(choices)] = choices
   return choices_RN

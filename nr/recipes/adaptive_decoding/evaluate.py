@@ -124,7 +124,7 @@ class _Evaluation:
     found = self._draw(task, prompts, arm, network, how, purpose, num_samples, "")
     self.scores.setdefault(arm, {})[task.name] = scores_of(found)
     if head_of(arm) in self.heads:
-      summary = pick_summary(choices_of(found), self.values)
+      summary = pick_summary(choices_of(found, task.max_new_tokens), self.values)
       self.picks.setdefault(arm, {})[task.name] = summary
       if not settings.is_toy(self.config):
         summary |= self._sentence_summary(found)

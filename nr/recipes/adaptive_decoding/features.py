@@ -87,26 +87,32 @@ def read_features(
   arrays: PairArrays,
   spec: LatentPreferenceSpec,
   directory: pathlib.Path,
-  lengths: Sequence[int],
+  prompt_lengths: Sequence[int],
+  pair_lengths: Sequence[int],
 ) -> Features:
-  """Reads all pairs with the language model.
+  """Reads all pairs with the language model, or their prompts alone where the loss needs no more.
 
   Args:
     reader: the language model.
     arrays: the pairs.
     spec: of the loss, which decides what is read.
     directory: gets the features' files.
-    lengths: growing, that rows may be padded to.
+    prompt_lengths: growing, that prompts may be padded to; (): they are never read alone.
+    pair_lengths: growing, that pairs may be padded to.
   """
-  places, is_whole = Places.of(arrays), spec.level == "token" or spec.needs_words
+  places = Places.of(arrays)
+  is_whole = spec.level == "token" or spec.needs_words or not prompt_lengths
   source = arrays if is_whole else _prompts(arrays, places.first_P)
   sizes_P = places.stop_P2.max(axis=1) if is_whole else places.first_P + 1
   counts = (places.stop_P2 - places.first_P[:, None]).ravel()
   starts_P2 = np.concatenate([[0], np.cumsum(counts)[:-1]]).reshape(-1, 2)
   directory.mkdir(parents=True, exist_ok=True)
   hidden = words = None
+  lengths = pair_lengths if is_whole else prompt_lengths
   for piece in pieces_of(sizes_P.tolist(), lengths, reader.pairs_per_call):
-    found = _read_piece(reader, source, piece.rows, piece.length, spec)
+    # On a mesh rows divide over the devices; without one the last piece need not be filled.
+    rows = piece.places if reader.mesh is None else piece.rows
+    found = _read_piece(reader, source, rows, piece.length, spec)
     if hidden is None:
       count = int(counts.sum()) if spec.level == "token" else len(sizes_P)
       hidden = _file(directory / "hidden.bin", found.hidden, count)
@@ -253,10 +259,9 @@ def training_batches(rows: PairRows, batch_size: int, seed: int) -> Any:
 
 
 def ordered_batches(rows: PairRows, batch_size: int) -> Iterator[Batch]:
-  """Yields all rows once, those of like lengths together; batches are filled with rows that count nothing."""
+  """Yields all rows once, those of like lengths together, in batches of at most `batch_size`."""
   for piece in pieces_of(rows.sizes_P.tolist(), rows.lengths, batch_size):
-    empty = [-1] * (len(piece.rows) - len(piece.places))
-    yield stacked(rows, [*piece.places, *empty], piece.length)
+    yield stacked(rows, piece.places, piece.length)
 
 
 class _RowBatches:

@@ -40,7 +40,7 @@ class Lengths(NamedTuple):
   """Lengths that rows may be padded to, growing.
 
   Attributes:
-    prompts: without responses.
+    prompts: without responses; (): prompts are never read alone.
     pairs: with them.
   """
 
@@ -75,7 +75,7 @@ def lengths_of(config: Any, arrays: Mapping[str, pairs.PairArrays], most: int | 
     most: positions of the model; None: no limit.
   """
   if settings.is_toy(config):
-    return Lengths((families.PROMPT_LENGTH,), (families.LENGTH,))
+    return Lengths((), (families.LENGTH,))  # so short that nothing is gained by leaving responses out
   longest = max(each.tokens.shape[-1] for each in arrays.values())
   found = [length for length in bucket_lengths(longest) if most is None or length < most]
   lengths = tuple(found) if found and found[-1] >= longest else (*found, most)
@@ -155,7 +155,7 @@ class _Work:
   def _cached(self, spec: Any) -> dict[str, PairRows]:
     """Returns the rows of all splits with features, which losses that read the same share."""
     if spec.needs_words not in self._rows:
-      devices, needs_whole = self.config.devices, spec.needs_words or spec.level == "token"
+      devices = self.config.devices
       reader = Reader(
         self.opened.network,
         self.temperatures,
@@ -166,15 +166,7 @@ class _Work:
       folder = self._features_folder() / ("words" if spec.needs_words else "hidden")
       self._rows[spec.needs_words] = {
         split: PairRows(
-          arrays,
-          read_features(
-            reader,
-            arrays,
-            spec,
-            folder / split,
-            self.lengths.pairs if needs_whole else self.lengths.prompts,
-          ),
-          self.lengths.pairs,
+          arrays, read_features(reader, arrays, spec, folder / split, *self.lengths), self.lengths.pairs
         )
         for split, arrays in self.arrays.items()
       }
@@ -283,23 +275,28 @@ def held_out_evaluator(
     sides = score_pairs(spec, log_pi, batch, batch.get("words"))
     if spec.level == "token":  # By the mean, or the shorter response would win.
       sides = [side._replace(choices=side.choices / jnp.maximum(side.count, 1)) for side in sides]
-    ranked, weights_B = lpo_loss(type(spec)(level=spec.level), *sides)[1], batch["pair_weights"]
-    weights = weights_B if spec.level == "sequence" else batch["weights"]
-    pi = jnp.exp(log_pi)
+    ranked = lpo_loss(type(spec)(level=spec.level), *sides)[1]
+    weights = jnp.ones(log_pi.shape[:-1]) if spec.level == "sequence" else batch["weights"]
+    pi, total = jnp.exp(log_pi), jnp.maximum(weights.sum(), 1)
     return {
-      "accuracy": (ranked["accuracy"] * weights_B).sum(),
-      "entropy": (-(pi * log_pi).sum(-1) * weights).sum(),
-      "mean_setting": ((pi @ values_K) * weights).sum(),
-      "pairs": weights_B.sum(),
+      "accuracy": ranked["accuracy"].mean(),
+      "entropy": (-(pi * log_pi).sum(-1) * weights).sum() / total,
+      "mean_setting": ((pi @ values_K) * weights).sum() / total,
       "choices": weights.sum(),
     }
 
   def run(params: Any, frozen: Any, extra: Any) -> dict[str, float]:
     del frozen, extra
-    measured = [jax.device_get(measure(params, dict(batch))) for batch in batches()]
-    total = {name: sum(each[name] for each in measured) for name in measured[0]}
-    count = {"accuracy": total["pairs"], "entropy": total["choices"], "mean_setting": total["choices"]}
-    return {name: float(total[name] / max(number, 1)) for name, number in count.items()}
+    found: dict[str, list[float]] = {}
+    for batch in batches():
+      measured = {name: float(value) for name, value in measure(params, dict(batch)).items()}
+      for name, value in {**measured, "pairs": float(len(batch["choices"]))}.items():
+        found.setdefault(name, []).append(value)
+    weight = {"accuracy": "pairs", "entropy": "choices", "mean_setting": "choices"}
+    return {
+      name: sum(np.multiply(found[name], found[count])) / max(sum(found[count]), 1)
+      for name, count in weight.items()
+    }
 
   return Evaluator("held_out", run)
 

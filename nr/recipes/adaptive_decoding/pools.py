@@ -52,7 +52,7 @@ def _draw(
     room = opened.room(task, config.devices.prompts_per_call)
     pools = draw_pools(path, adaptive, task, prompts, room, draw, opened.language.tokenizer)
     entry["mean_reward_by_setting"][task.name] = reward_curve(
-      choices_of(pools), scores_of(pools)[..., 0].reshape(-1), len(values)
+      choices_of(pools, task.max_new_tokens), scores_of(pools)[..., 0].reshape(-1), len(values)
     )
     problems = {"left_out": left_out, "unjudged": unjudged(pools)}
     for field, found in problems.items():

@@ -244,7 +244,7 @@ def _make_smollm(config: ConfigDict) -> None:
         dict(kind="number"),
         source="arithmetic",
         template="{prompt} Answer with the number only.",
-        max_new_tokens=16,
+        max_new_tokens=64,  # it reasons all the same; the last number counts
       ),
       "stories": _task(dict(kind="variety", words=48), source="titles", template=story, max_new_tokens=64),
       "t_stories": _task(
@@ -276,7 +276,7 @@ def _make_smollm(config: ConfigDict) -> None:
 
 def _make_smoke(config: ConfigDict) -> None:
   values = (0.0, 0.5, 1.0)
-  sizes = dict(values=values, num_prompts=32, num_test_prompts=12, num_samples=8, held_out=0.25, pair_top=2)
+  sizes = dict(values=values, num_prompts=24, num_test_prompts=8, num_samples=8, held_out=0.25, pair_top=2)
   config.experiments = ConfigDict(
     {
       "two_tasks": _experiment(families=("arithmetic", "stories"), **sizes),

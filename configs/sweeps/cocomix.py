@@ -1,11 +1,11 @@
-"""Sweeps of CoCoMix (arXiv 2502.08524): the ablations that today's config can express.
+"""Sweeps of CoCoMix (arXiv 2502.08524): one choice at a time.
 
   python -m nr.sweep --config=configs/cocomix.py:tiny --sweep=configs/sweeps/cocomix.py:sign --workdir=runs/sign
 
 Three seeds of each student everywhere, for one small run decides nothing. Teacher, autoencoder and labels
-are shared by all points that do not change them. Of the paper's analyses (section 3), those of direct
-regression, pause tokens and distillation, and concept prediction alone, cannot be run yet: see "not
-available yet" in configs/cocomix.py.
+are shared by all points that do not change them. The paper's comparisons with other methods (section 3.3:
+distillation, pause tokens, direct regression, parts of CoCoMix alone) are arms of one run instead:
+configs/cocomix.py:ablations.
 """
 
 from nr.sweeps.combinators import axis, chain, fixed, product, together
@@ -39,7 +39,9 @@ def sweep_concepts(config):
   """C, the number of concepts; the baseline is made as wide as matches the parameters that a token uses."""
   counts = (128, 256, 512, 1024)
   widths = [matched_width(config, count) for count in counts]
-  return fixed(together(axis("sae.num_latents", counts), axis("students.ntp.model.model_dim", widths)), SEEDS)
+  return fixed(
+    together(axis("sae.num_latents", counts), axis("students.arms.ntp.model.model_dim", widths)), SEEDS
+  )
 
 
 def sweep_mixing(config):
@@ -48,20 +50,26 @@ def sweep_mixing(config):
   Each with the released code's normalisation and with Eq. 3 to the letter.
   """
   del config
-  modes = axis("students.cocomix.concept.mode", ("cocomix", "add", "mix_only"))
-  return fixed(product(modes, axis("students.cocomix.concept.norm", ("reference", "none"))), SEEDS)
+  modes = axis("students.arms.cocomix.concept.mode", ("cocomix", "add", "mix_only"))
+  return fixed(product(modes, axis("students.arms.cocomix.concept.norm", ("reference", "none"))), SEEDS)
 
 
 def sweep_insertion(config):
   """The block before which concepts are inserted: the later, the fewer rows are doubled."""
-  layers = range(config.students.cocomix.model.num_layers)
-  return fixed(axis("students.cocomix.concept.insert_at", layers), SEEDS)
+  layers = range(config.students.arms.cocomix.model.num_layers)
+  return fixed(axis("students.arms.cocomix.concept.insert_at", layers), SEEDS)
+
+
+def sweep_every(config):
+  """A concept row behind every token (paper), every second, fourth or eighth: what the cheaper ones cost in loss."""
+  del config
+  return fixed(axis("students.arms.cocomix.concept.insert_every", (1, 2, 4, 8)), SEEDS)
 
 
 def sweep_loss_weight(config):
   """lambda of Eq. 4; the paper takes 0.1."""
   del config
-  return fixed(axis("students.cocomix.loss_weight", (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)), SEEDS)
+  return fixed(axis("students.arms.cocomix.loss_weight", (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)), SEEDS)
 
 
 def sweep_seeds(config):
@@ -76,7 +84,7 @@ def matched_width(config, num_concepts):
   That is its transformer's and (C + k) d, of GPT-2's sizes: tables of V and L rows, 12 d^2 + 13 d a block, and
   the last norm.
   """
-  student, layers = config.students.cocomix, config.students.cocomix.model.num_layers
+  student, layers = config.students.arms.cocomix, config.students.arms.cocomix.model.num_layers
   rows = config.tokenizer.vocab_size + config.window.length
 
   def parameters(width):
@@ -84,7 +92,7 @@ def matched_width(config, num_concepts):
 
   width = student.model.model_dim
   wanted = parameters(width) + (num_concepts + student.concept.top_k) * width
-  heads = config.students.ntp.model.num_heads
+  heads = config.students.arms.ntp.model.num_heads
   return min(range(heads, 4 * width, heads), key=lambda other: abs(parameters(other) - wanted))
 
 

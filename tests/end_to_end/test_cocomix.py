@@ -117,7 +117,7 @@ def test_a_second_run_skips_everything(finished):
 
 @pytest.mark.slow
 def test_another_config_is_refused_in_one_line(finished):
-  result = run(finished, "--config.students.cocomix.loss_weight=0.2")
+  result = run(finished, "--config.students.arms.cocomix.loss_weight=0.2")
   assert result.returncode == 1
   last = result.stderr.strip().splitlines()[-1]
   assert last.startswith("error: stage 'students'") and "loss_weight: 0.1 there, 0.2 now" in last

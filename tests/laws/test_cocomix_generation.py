@@ -16,6 +16,7 @@ from cocomix_models import (
 
 from nr.generation.language_models import Network
 from nr.generation.sample import sample
+from nr.models.cache import CacheSpec
 from nr.models.concept_intervention import concept_intervention
 from nr.models.parameters import split
 
@@ -158,3 +159,61 @@ def test_27_steering_with_a_cache_equals_steering_without():
   text = jnp.concatenate([tokens, drawn.tokens_RN], axis=1)
   greedy = jnp.argmax(model(text, intervention=late), axis=-1)
   np.testing.assert_array_equal(drawn.tokens_RN, greedy[:, LENGTH - 1 : -1])
+
+
+VARIANTS = {
+  "pause": dict(mode="pause", insert_at=1),
+  "hidden": dict(mode="hidden", target_dim=5, insert_at=0),
+  "thought": dict(mode="thought", refinements=1, insert_at=0),
+  "every_third": dict(insert_every=3, insert_at=2),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_25_caches_of_every_interleaving_mode_give_the_full_forward(name):
+  """Prompts padded on the left; then rows reordered as beams are, and drafts in a tree that are verified."""
+  model = make_model(concepts=concept_spec(**VARIANTS[name]))
+  tokens, pads = make_tokens(length=LENGTH), jnp.array([0, 3])
+  is_token = jnp.arange(LENGTH) >= pads[:, None]
+  expected = jax.jit(lambda tokens, segments: model(tokens, segment_ids_BL=segments))(tokens, is_token + 0)
+  extend = jax.jit(lambda tokens, cache, valid, tree: model.extend(tokens, cache, valid, visible_BLL=tree))
+
+  first, cache = extend(tokens[:, :7], model.init_cache(2, LENGTH), is_token[:, :7], None)
+  second, _ = extend(tokens[:, 7:], cache, is_token[:, 7:], None)
+  found = jnp.where(is_token[..., None], jnp.concatenate([first, second], axis=1), 0)
+  np.testing.assert_allclose(found, jnp.where(is_token[..., None], expected, 0), atol=2e-5)
+
+  # Row 1 shall be row 0 from here on. A tree: token 7, a wrong child, and the right one in a branch of its own.
+  _, cache = extend(tokens[:, :7], model.init_cache(2, LENGTH, uneven=True), None, None)
+  cache = model.fork(cache, jnp.array([1, 0]))
+  drafts = jnp.stack([tokens[0, 7], tokens[0, 8] + 1, tokens[0, 8]])[None].repeat(2, axis=0) % 97
+  tree = jnp.array([[True, False, False], [True, True, False], [True, False, True]])[None]
+  logits, cache = extend(drafts, cache, None, tree)
+  np.testing.assert_allclose(logits[1, 0], expected[0, 7], atol=2e-5)
+  np.testing.assert_allclose(logits[1, 2], expected[0, 8], atol=2e-5)
+  start = cache.length - 3
+  cache = model.rollback(model.keep_path(cache, start, jnp.array([[0, 2]] * 2)), start + 2)
+  assert cache.length.tolist() == [9, 9]
+  chain = jnp.tril(jnp.ones((1, 3, 3), bool))
+  logits, _ = extend(tokens[:1, 9:12].repeat(2, axis=0), cache, None, chain)
+  np.testing.assert_allclose(logits[1], expected[0, 9:12], atol=2e-5)
+
+
+def test_26_caches_of_thoughts_are_one_for_each_pass():
+  model = make_model(gpt2_spec(num_layers=4), concept_spec(mode="thought", refinements=2, insert_at=1))
+  cache = model.init_cache(2, LENGTH)
+  assert [part.keys.shape[0] for part in (cache.lower, *cache.thoughts, cache.upper)] == [1, 3, 3, 3, 3]
+  assert [part.capacity for part in (*cache.thoughts, cache.upper)] == [
+    LENGTH,
+    2 * LENGTH,
+    2 * LENGTH,
+    2 * LENGTH,
+  ]
+
+
+def test_a_paged_cache_is_refused_where_rows_are_to_be_unseen():
+  model = make_model(concepts=concept_spec(insert_every=2))
+  with pytest.raises(
+    ValueError, match="layout='paged' shows every row that was read, and with insert_every=2"
+  ):
+    model.init_cache(2, LENGTH, uneven=True, layout=CacheSpec(layout="paged", num_pages=4))

@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from nr.models import parameters
 from nr.models.concept_mixing import ConceptMixingSpec
 from nr.models.transformer import TransformerSpec
-from nr.recipes.cocomix.method import cocomix_method
-from nr.training.model_files import ConceptMixingModelSpec
+from nr.recipes.cocomix.method import StudentLoss, cocomix_method, student_method
+from nr.training.model_files import ConceptMixingModelSpec, Model, build_model, graphdef_of
 from nr.training.next_token import next_token_method
 from tests.training import method_suite
 
@@ -91,3 +92,96 @@ def test_without_the_concept_loss_only_chosen_rows_of_the_head_are_trained():
     gradients[weight] = np.asarray(jax.grad(loss)(params)["concepts"]["head"]["bias"])
   assert 1 <= (gradients[0.0] != 0).sum() <= 2  # at most one concept for each of the two tokens
   assert (gradients[0.1] != 0).sum() == CONCEPTS
+
+
+TEACHER = TransformerSpec.llama(
+  vocab_size=VOCABULARY,
+  num_layers=2,
+  model_dim=20,
+  num_heads=2,
+  num_kv_heads=2,
+  mlp_dim=24,
+  max_length=LENGTH,
+)
+
+
+def teacher_model():
+  params = parameters.split(build_model(TEACHER, jax.random.key(7)))[1]
+  return Model(TEACHER, graphdef_of(TEACHER), jax.tree.map(lambda leaf: 3 * leaf, params), "", {})
+
+
+def hidden_spec():
+  concepts = ConceptMixingSpec(
+    insert_at=1, num_concepts=CONCEPTS, top_k=4, mode="hidden", target_dim=20, mlp_dim=8
+  )
+  return ConceptMixingModelSpec(GPT2, concepts)
+
+
+@pytest.mark.slow
+def test_a_student_of_the_teacher_s_outputs_and_states(tmp_path):
+  """Distillation and direct regression, both of a teacher that runs in the train step."""
+  settings = StudentLoss(loss_weight=0.3, kd_weight=0.2, regression="l1")
+  method = student_method(
+    hidden_spec(), settings, name="hidden", loss_chunk=16, teacher=teacher_model(), tap_layer=0
+  )
+  method_suite.check_all(method, language_batch(), tmp_path, golden="hidden_distilled", except_for=KEY_BIAS)
+
+
+@pytest.mark.parametrize("regression_target", ["normalised", "raw"])
+def test_the_terms_of_distillation_and_regression_are_added_by_their_weights(regression_target):
+  """Against NumPy: sum over scored tokens of CE + 0.2 KL(teacher || student) + 0.3 mean |g - state|."""
+  batch, teacher = language_batch(), teacher_model()
+  settings = StudentLoss(loss_weight=0.3, kd_weight=0.2, regression="l1", regression_target=regression_target)
+  method = student_method(hidden_spec(), settings, teacher=teacher, tap_layer=0)
+  params = method_suite.perturbed(method.init(jax.random.key(0)), scale=0.3)
+  output = method.loss(params, method.frozen, (), batch, jax.random.key(1))
+
+  student = parameters.merge(graphdef_of(hidden_spec()), params)
+  module = parameters.merge(teacher.graphdef, teacher.params)
+  found = student.forward(batch["tokens"])
+
+  def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+  ours, theirs = log_softmax(student.logits(found.hidden_BLD)), log_softmax(module(batch["tokens"]))
+  nll = -np.take_along_axis(ours, batch["targets"][..., None], -1)[..., 0]
+  divergence = (np.exp(theirs) * (theirs - ours)).sum(-1)
+  x, attention = module.enter(batch["tokens"])
+  state = np.asarray(module.run_blocks(x, 0, 1, attention=attention)[0], np.float64)
+  if regression_target == "normalised":
+    state = (state - state.mean(-1, keepdims=True)) / (state.std(-1, keepdims=True, ddof=1) + 1e-5)
+  distance = np.abs(np.asarray(found.regressed_BLE) - state).mean(-1)
+  expected = ((nll + 0.2 * divergence + 0.3 * distance) * batch["weights"]).sum() / batch["weights"].sum()
+  np.testing.assert_allclose(output.loss.mean(), expected, rtol=1e-5)
+  assert divergence.mean() > 0.01 and distance.mean() > 0.01
+
+
+def test_each_variant_has_terms_of_its_own():
+  batch = labelled_batch()
+  for mode in ("cocomix", "prediction_only", "add", "pause", "thought"):
+    concepts = ConceptMixingSpec(insert_at=1, num_concepts=CONCEPTS, top_k=4, mode=mode)
+    method = student_method(ConceptMixingModelSpec(GPT2, concepts), StudentLoss())
+    params = jax.eval_shape(method.init, jax.random.key(0))
+    output = jax.eval_shape(lambda params, m=method: m.loss(params, {}, (), batch, jax.random.key(1)), params)
+    assert ("concept_loss" in output.metrics) == concepts.is_predicting == (mode not in ("pause", "thought"))
+    assert not method.frozen
+  plain = student_method(GPT2, StudentLoss(kd_weight=0.1), teacher=teacher_model())
+  assert set(plain.frozen) == set(plain.frozen_axes) == {"teacher"}
+
+
+def test_teachers_that_do_not_fit_are_refused():
+  small = TransformerSpec.gpt2(vocab_size=30, num_layers=1, model_dim=8, num_heads=2, max_length=LENGTH)
+  other = Model(small, None, None, "", {})
+  with pytest.raises(ValueError, match="the teacher has 30 token ids and the student 40"):
+    student_method(GPT2, StudentLoss(kd_weight=0.1), teacher=other)
+  with pytest.raises(ValueError, match="target_dim=20 is not the width of the teacher, 8"):
+    student_method(hidden_spec(), StudentLoss(), teacher=other, tap_layer=0)
+  with pytest.raises(ValueError, match="kd_weight needs the teacher in the train step"):
+    student_method(GPT2, StudentLoss(kd_weight=0.1))
+  with pytest.raises(ValueError, match="tap_layer: mode 'hidden' regresses the state"):
+    student_method(hidden_spec(), StudentLoss(), teacher=teacher_model())
+  with pytest.raises(ValueError, match="regression='l3' is unknown"):
+    StudentLoss(regression="l3")
+  with pytest.raises(ValueError, match="kd_weight=-1: give 0 or more"):
+    StudentLoss(kd_weight=-1)

@@ -79,6 +79,6 @@ def test_the_grid_of_adaptive_decoding_is_the_specification_s():
 def test_a_baseline_is_as_wide_as_what_cocomix_activates():
   points = {point.values["num_latents"]: point.overrides for point in points_of("cocomix", "concepts")}
   # The published pair of configs/cocomix.py: 512 concepts, width 100.
-  assert points[512]["students.ntp.model.model_dim"] == 100
-  widths = [points[count]["students.ntp.model.model_dim"] for count in sorted(points)]
+  assert points[512]["students.arms.ntp.model.model_dim"] == 100
+  widths = [points[count]["students.arms.ntp.model.model_dim"] for count in sorted(points)]
   assert widths == sorted(widths) and all(width % 2 == 0 for width in widths)

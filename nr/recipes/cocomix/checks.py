@@ -6,20 +6,24 @@ import jax
 import jax.numpy as jnp
 
 from nr import names
+from nr.data.windows import SHIFTS
 from nr.labels import MAX_CONCEPTS
+from nr.models import parameters
 from nr.models.concept_intervention import InterventionMode
-from nr.recipes.cocomix import settings
+from nr.models.concept_mixing_spec import MIXING
+from nr.models.transformer import TransformerSpec
+from nr.recipes.cocomix import autoencoder as autoencoder_stage
+from nr.recipes.cocomix import corpus, settings
+from nr.recipes.cocomix import teacher as teacher_stage
 from nr.recipes.cocomix.method import sparse_autoencoder_method
-from nr.recipes.cocomix.students import KINDS, student_method
+from nr.recipes.cocomix.students import arm_method, arm_training
 from nr.recipes.sections import transformer_spec
 from nr.training import defaults, sharding
 from nr.training.method import Method
+from nr.training.model_files import Model, build_model, graphdef_of
 from nr.training.next_token import next_token_method
 from nr.training.optimizers import make_optimizer
 from nr.training.state import abstract_state, state_shardings
-
-STUDENT_MODES = ("cocomix", "mix_only", "add")
-"""Modes in which concepts reach the stream; without one there is nothing to steer."""
 
 
 def validate(config: Any) -> None:
@@ -33,16 +37,47 @@ def validate(config: Any) -> None:
   """
   _check_fields(config)
   _check_steering(config)
-  vocab_size, length = config.tokenizer.vocab_size, config.window.length
-  teacher = transformer_spec(config.teacher.model, vocab_size, length)
+  given = teacher_stage.open_given(config) if config.teacher.checkpoint else None
+  tokenizer = given.tokenizer if given is not None else corpus.given_tokenizer(config)
+  vocab_size = config.tokenizer.vocab_size if tokenizer is None else tokenizer.vocab_size
+  autoencoder_stage.check(config)
+  check_trainings(config, vocab_size, None if given is None else given.spec)
+
+
+def check_trainings(config: Any, vocab_size: int, given_teacher: TransformerSpec | None = None) -> None:
+  """Builds every model, method and optimizer abstractly; see `validate`.
+
+  Args:
+    config: the whole config.
+    vocab_size: token ids of the tokenizer.
+    given_teacher: settings of the teacher where one is given; else it is trained as the config says.
+  """
+  teacher = given_teacher or transformer_spec(config.teacher.model, vocab_size, config.window.length)
   autoencoder = settings.autoencoder_spec(config)
-  settings.attribution_spec(config).check(autoencoder.k)
-  zeros_D = jnp.zeros(autoencoder.model_dim)
-  _check_training("teacher", config.teacher.train, next_token_method(teacher))
-  _check_training("sae", config.sae.train, sparse_autoencoder_method(autoencoder, zeros_D, 1.0))
-  for kind in KINDS:
-    spec = settings.student_spec(config, kind, vocab_size)
-    _check_training("students", config.students.train, student_method(config, kind, spec))
+  for kind in settings.label_kinds(config):
+    try:
+      settings.attribution_spec(config, kind).check(autoencoder.max_active, autoencoder.num_latents)
+    except ValueError as error:
+      raise ValueError(f"targets.variants.{kind}: {error}" if kind else str(error)) from error
+  if given_teacher is None:
+    _check_training("teacher", config.teacher.train, next_token_method(teacher))
+  if not config.sae.checkpoint:
+    zeros_D = jnp.zeros(autoencoder.model_dim)
+    _check_training("sae", config.sae.train, sparse_autoencoder_method(autoencoder, zeros_D, 1.0))
+  teacher_model, autoencoder_model = _abstract(teacher), _abstract(autoencoder)
+  for arm in settings.arm_names(config):
+    try:
+      spec = settings.student_spec(config, arm, vocab_size)
+      method = arm_method(config, arm, spec, teacher_model, autoencoder_model)
+    except ValueError as error:
+      raise ValueError(f"students.arms.{arm}: {error}") from error
+    _check_training("students", arm_training(config, arm, 0), method)
+
+
+def _abstract(spec: Any) -> Model:
+  """Returns a model whose parameters have shapes and no values."""
+  params = jax.eval_shape(lambda: parameters.split(build_model(spec, jax.random.key(0)))[1])
+  return Model(spec, graphdef_of(spec), params, "", {})
 
 
 def _check_fields(config: Any) -> None:
@@ -55,20 +90,52 @@ def _check_fields(config: Any) -> None:
     raise ValueError(
       f"sae.num_latents={config.sae.num_latents}: labels are stored as uint16; use at most {MAX_CONCEPTS}"
     )
-  if config.targets.source != "cache":
-    raise ValueError(f"targets.source={config.targets.source!r} is not available yet; use 'cache'")
-  if config.students.cocomix.kd_weight:
-    raise ValueError(
-      f"students.cocomix.kd_weight={config.students.cocomix.kd_weight} is not available yet; use 0"
-    )
-  mode = config.students.cocomix.concept.mode
-  if mode in ("none", "prediction_only"):
-    raise ValueError(
-      f"students.cocomix.concept.mode={mode!r} mixes no concepts, so this recipe could not steer it; "
-      f"use one of {', '.join(STUDENT_MODES)}"
-    )
+  if config.window.shift not in SHIFTS:
+    raise ValueError(names.unknown("window.shift", config.window.shift, SHIFTS))
   if not config.students.seeds:
     raise ValueError("students.seeds=() is empty; name at least one seed, for example (0,)")
+  _check_label_kinds(config)
+  _check_arms(config)
+
+
+def _check_label_kinds(config: Any) -> None:
+  known = [name for name in config.targets if name != "variants"]
+  for kind in config.targets.variants:
+    for field in config.targets.variants[kind]:
+      if field not in known:
+        raise ValueError(names.unknown(f"field of targets.variants.{kind}", field, known))
+  for kind in settings.label_kinds(config):
+    source = settings.targets_of(config, kind)["source"]
+    if source not in settings.SOURCES:
+      where = f"targets.variants.{kind}" if kind else "targets"
+      raise ValueError(names.unknown(f"{where}.source", source, settings.SOURCES))
+
+
+def _check_arms(config: Any) -> None:
+  arms, kinds = settings.arm_names(config), settings.label_kinds(config)
+  if not arms:
+    raise ValueError("students.arms: every concept.mode is empty; give at least one arm a mode")
+  for field in ("baseline", "main"):
+    if config.students[field] not in arms:
+      raise ValueError(
+        f"{names.unknown(f'students.{field}', config.students[field], arms)} (arms whose concept.mode is not empty)"
+      )
+  for arm in arms:
+    section = config.students.arms[arm]
+    if section.labels not in kinds:
+      raise ValueError(names.unknown(f"students.arms.{arm}.labels", section.labels, kinds))
+    if section.steps < 0:
+      raise ValueError(f"students.arms.{arm}.steps={section.steps}: give 0 for students.train.steps, or more")
+    try:
+      settings.student_loss(config, arm)
+    except ValueError as error:
+      raise ValueError(f"students.arms.{arm}.{error}") from error
+  steered = config.steer.arm
+  if steered and (steered not in arms or settings.mode_of(config, steered) not in MIXING):
+    mixing = [arm for arm in arms if settings.mode_of(config, arm) in MIXING]
+    raise ValueError(
+      f"steer.arm={steered!r} is no arm whose concepts reach the stream; choose one of {', '.join(mixing) or 'none'}"
+    )
 
 
 def _check_training(name: str, section: Any, method: Method) -> None:

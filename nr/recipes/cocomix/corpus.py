@@ -7,6 +7,7 @@ from nr.data.sources import CorpusSpec
 from nr.data.splits import documents_of_split
 from nr.data.token_dataset import TokenDataset, write_token_dataset
 from nr.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from nr.generators.checkpoints import open_checkpoint
 from nr.recipes.stages import Artifact, StageContext
 
 SPLITS = ("train", "validation")
@@ -15,7 +16,7 @@ SPLITS = ("train", "validation")
 def run(context: StageContext) -> Artifact:
   """Splits documents by hash, trains (or takes) a tokenizer, writes both splits as tokens."""
   corpus = CorpusSpec.of(context.config.corpus.to_dict())
-  tokenizer = make_tokenizer(context.config.tokenizer, corpus)
+  tokenizer = make_tokenizer(context.config, corpus)
   directory = context.directory / "tokenizer"
   tokenizer.save(directory)
   artifact: Artifact = {
@@ -48,7 +49,9 @@ def check_sizes(config: Any, tokens: dict[str, int]) -> None:
     ValueError: names the split, its size and what it must hold.
   """
   window, steer = config.window.length, config.steer
-  rows = max(config.teacher.train.batch_size, config.students.train.batch_size)
+  rows = config.students.train.batch_size
+  if not config.teacher.checkpoint:
+    rows = max(rows, config.teacher.train.batch_size)
   needed = {"train": rows * window, "validation": max(window, steer.prompts * steer.prompt_tokens)}
   for split, least in needed.items():
     if tokens[split] < least:
@@ -60,11 +63,21 @@ def check_sizes(config: Any, tokens: dict[str, int]) -> None:
 
 
 def make_tokenizer(config: Any, corpus: CorpusSpec) -> Tokenizer:
-  """Loads the tokenizer that the config names, or trains one on the training split alone."""
-  if config.path:
-    return load_tokenizer(pathlib.Path(config.path))
+  """Returns the tokenizer that the config names, a given teacher's own, or one trained on the training split alone."""
+  given = given_tokenizer(config)
+  if given is not None:
+    return given
   texts = (document.text for document in documents_of_split(corpus, "train"))
-  return train_sentencepiece(texts, config.vocab_size, model_type=config.model_type)
+  return train_sentencepiece(texts, config.tokenizer.vocab_size, model_type=config.tokenizer.model_type)
+
+
+def given_tokenizer(config: Any) -> Tokenizer | None:
+  """Returns the tokenizer of `tokenizer.path`, or of a given teacher; None where one is to be trained."""
+  if config.tokenizer.path:
+    return load_tokenizer(pathlib.Path(config.tokenizer.path))
+  if config.teacher.checkpoint:
+    return open_checkpoint(config.teacher.checkpoint).tokenizer
+  return None
 
 
 def open_split(context: StageContext, split: str) -> TokenDataset:

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: both students on the same validation tokens, with intervals."""
+"""Stage `evaluate`: all students on the same validation tokens, each arm against the baseline, with intervals."""
 
 import functools
 import math
@@ -16,32 +16,25 @@ from nr.objectives.weighted import Weighted, add
 from nr.recipes.cocomix import labels as labels_stage
 from nr.recipes.cocomix import language_model
 from nr.recipes.cocomix.method import run_on_labels
-from nr.recipes.cocomix.students import KINDS, run_name
+from nr.recipes.cocomix.students import run_name
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.model_files import load_model
 
 
 def run(context: StageContext) -> Artifact:
-  """Scores every student by document and compares the two kinds."""
+  """Scores every student by document and compares every arm with the baseline."""
   config, students = context.config, context.inputs["students"]
   scores: dict[str, DocumentScores] = {}
   results: dict[str, dict[str, Any]] = {}
   for name, trained in students["runs"].items():
     scores[name] = language_model.score_split(context, trained, "validation", config.evaluate.batch_size)
     results[name] = summary(scores[name], config.seed)
-    if trained["kind"] == "cocomix":
+    if trained["arm"] in students["predicting"]:
       results[name].update(concept_metrics(context, trained))
-  artifact: Artifact = {"runs": results, "differences": {}}
-  for seed in students["seeds"]:
-    pair = (scores[run_name("cocomix", seed)], scores[run_name("ntp", seed)])
-    difference = loss_difference_interval(*pair, seed=config.seed)
-    artifact["differences"][str(seed)] = difference._asdict()
-  losses = {
-    kind: np.array([results[run_name(kind, seed)]["val_loss"] for seed in students["seeds"]])
-    for kind in KINDS
-  }
-  over_seeds = paired_difference(losses["cocomix"], losses["ntp"])
-  artifact["over_seeds"] = over_seeds._asdict()
+  first, *others = students["arms"]
+  artifact: Artifact = {"runs": results, "comparisons": {}}
+  for arm in others:
+    artifact["comparisons"][arm] = compare(arm, first, students["seeds"], scores, results, config.seed)
   np.savez(
     context.directory / "document_scores.npz",
     **{
@@ -49,6 +42,23 @@ def run(context: StageContext) -> Artifact:
     },
   )
   return artifact
+
+
+def compare(
+  arm: str,
+  first: str,
+  seeds: list[int],
+  scores: dict[str, DocumentScores],
+  results: dict[str, dict[str, Any]],
+  seed: int,
+) -> dict[str, Any]:
+  """Returns an arm's loss minus that of the baseline, nats a token: by seed over documents, and over seeds."""
+  differences = {}
+  for each in seeds:
+    pair = (scores[run_name(arm, each)], scores[run_name(first, each)])
+    differences[str(each)] = loss_difference_interval(*pair, seed=seed)._asdict()
+  losses = [np.array([results[run_name(name, each)]["val_loss"] for each in seeds]) for name in (arm, first)]
+  return {"differences": differences, "over_seeds": paired_difference(*losses)._asdict()}
 
 
 def summary(scores: DocumentScores, seed: int) -> dict[str, Any]:
@@ -66,9 +76,9 @@ def summary(scores: DocumentScores, seed: int) -> dict[str, Any]:
 
 
 def concept_metrics(context: StageContext, trained: Artifact) -> dict[str, float]:
-  """Returns concept loss (nats) and label recall of a CoCoMix student on the validation split."""
+  """Returns concept loss (nats) and label recall of a student on its own labels of the validation split."""
   model = load_model(context.path(trained["model"]))
-  labels = labels_stage.open_labels(context, context.inputs["labels"], "validation").labels
+  labels = labels_stage.open_labels(context, context.inputs["labels"], "validation", trained["labels"])
   source = language_model.window_source(context, "validation", labels, tail="pad")
   batches = ordered_batches(source, context.config.evaluate.batch_size)
   total = None

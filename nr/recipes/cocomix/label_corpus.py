@@ -1,8 +1,8 @@
 """Labels a corpus with concepts: the teacher's upper half, the autoencoder and the label cache together."""
 
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,63 +12,122 @@ from nr.data.concept_labels import LabelCache, LabelHeader, LabelWriter
 from nr.data.token_dataset import TokenDataset
 from nr.data.windows import WindowSource
 from nr.models import parameters
+from nr.models.diagonal_gradient import hidden_apart
 from nr.models.residual_tap import TapInputs, activations_at, check_layer, hidden_from
-from nr.models.sparse_autoencoder import SparseAutoencoder
+from nr.models.sparse_autoencoder import SparseAutoencoder, SparseCode
 from nr.models.transformer import Transformer
 from nr.objectives import attribution
-from nr.objectives.attribution import AttributionSpec, ConceptLabels
+from nr.objectives.attribution import AttributionSpec, ConceptLabels, UpperHalf
+from nr.objectives.label_ranking import Latents, PreActivations
 from nr.objectives.language_modeling import token_nll
 
 
+class Labelling(NamedTuple):
+  """How batches are labelled.
+
+  Attributes:
+    layer: the block (from 0) whose output is tapped.
+    spec: the attribution variant.
+    loss_chunk: tokens whose logits, and whose scores of all latents, are held at a time; None: all.
+    concept_chunk: latents scored at a time where all are candidates (`act="pre"`).
+    positions_at_once: positions replaced at a time where each needs a pass of its own
+      (`eval_point="recon"` with `scope="future"`).
+  """
+
+  layer: int
+  spec: AttributionSpec
+  loss_chunk: int | None = None
+  concept_chunk: int = attribution.CONCEPT_CHUNK
+  positions_at_once: int = attribution.POSITIONS_AT_ONCE
+
+
 def label_batch(
-  teacher: Transformer,
-  autoencoder: SparseAutoencoder,
-  batch: dict[str, jax.Array],
-  *,
-  layer: int,
-  spec: AttributionSpec,
-  loss_chunk: int | None = None,
+  teacher: Transformer, autoencoder: SparseAutoencoder, batch: Mapping[str, jax.Array], labelling: Labelling
 ) -> ConceptLabels:
   """Labels one batch of windows; pure, to be run under `jax.jit`.
+
+  Labels of a window depend on nothing but the window, so those made here in a train step are those of
+  a cache made of the same windows.
 
   Args:
     teacher: the frozen language model.
     autoencoder: the frozen autoencoder of its residual stream.
     batch: tokens, targets, weights [B, L] and, where attention is reset, segment_ids and positions.
-    layer: the block (from 0) whose output is tapped.
-    spec: the attribution variant.
-    loss_chunk: tokens whose logits are held at a time; None holds all of them.
+    labelling: the variant, and how much is held at a time.
   """
   inputs = TapInputs.of(batch)
-  hidden_BLD = activations_at(teacher, inputs, layer)
+  hidden_BLD = activations_at(teacher, inputs, labelling.layer)
+  normalised = autoencoder.normalise(hidden_BLD)
+  code = encode_in_chunks(autoencoder, normalised.values_TD, labelling.loss_chunk)
+  reconstruction_BLD = None
+  if labelling.spec.needs_reconstruction:
+    reconstruction_BLD = autoencoder.denormalise(autoencoder.decode(code), normalised)
+    reconstruction_BLD = reconstruction_BLD.astype(hidden_BLD.dtype)
+  return attribution.concept_labels(
+    upper_half(teacher, inputs, batch, labelling),
+    hidden_BLD,
+    reconstruction_BLD,
+    read_latents(autoencoder, normalised.values_TD, code, labelling.spec.act),
+    batch["weights"],
+    labelling.spec,
+    concept_chunk=labelling.concept_chunk,
+    positions_at_once=labelling.positions_at_once,
+  )
+
+
+def encode_in_chunks(autoencoder: SparseAutoencoder, u_BLD: jax.Array, chunk_size: int | None) -> SparseCode:
+  """Returns the code of normalised activations, all latents scored for about `chunk_size` tokens at a time."""
+  B, L, _ = u_BLD.shape
+  if chunk_size is None or chunk_size >= B * L:
+    return autoencoder.encode(u_BLD)
+  positions = max(1, chunk_size // B)
+  code = jax.lax.map(autoencoder.encode, u_BLD.swapaxes(0, 1), batch_size=positions)
+  return SparseCode(*(part_LBK.swapaxes(0, 1) for part_LBK in code))
+
+
+def read_latents(autoencoder: SparseAutoencoder, u_BLD: jax.Array, code: SparseCode, act: str) -> Latents:
+  """Returns what attribution needs of an autoencoder, for activations after ("post") or before ("pre").
+
+  Activation times decoder row is what counts. Where decoder rows are free (`decoder_norm="scaled"`),
+  activations are measured in units of the rows' norms and decoded with unit rows, while the map before
+  them is not, and belongs to the rows as they are. Before its activation function, a gated
+  autoencoder's latent is what its gate reads (our choice: the paper's has no gate).
+  """
+  if act == "post":
+    return Latents(code.values_TK, code.indices_TK, autoencoder.decoder_rows())
+  pre = PreActivations(*autoencoder.score_map(u_BLD))
+  return Latents(code.values_TK, code.indices_TK, autoencoder.decoder.kernel[...], pre)
+
+
+def upper_half(
+  teacher: Transformer, inputs: TapInputs, batch: Mapping[str, jax.Array], labelling: Labelling
+) -> UpperHalf:
+  """Returns the teacher above the tap as functions of the tapped activations."""
   unembedding_VD = teacher.unembedding_VD
 
-  def upper_loss(hidden_BLD: jax.Array) -> jax.Array:
-    final_BLD = hidden_from(teacher, hidden_BLD, inputs, layer)
-    losses_BL = token_nll(final_BLD, unembedding_VD, batch["targets"], chunk_size=loss_chunk)
+  def summed(final_BLD: jax.Array) -> jax.Array:
+    chunk = labelling.loss_chunk
+    losses_BL = token_nll(final_BLD, unembedding_VD, batch["targets"], chunk_size=chunk)
     return (losses_BL * batch["weights"]).sum()
 
-  code = autoencoder.encode(autoencoder.normalise(hidden_BLD).values_TD)
-  return attribution.concept_labels(
-    hidden_BLD, upper_loss, code.values_TK, code.indices_TK, autoencoder.decoder.kernel[...],
-    batch["weights"], spec,
-  )  # fmt: skip
+  def loss(hidden_BLD: jax.Array) -> jax.Array:
+    return summed(hidden_from(teacher, hidden_BLD, inputs, labelling.layer))
+
+  def loss_apart(rows_BLD: jax.Array, context_BLD: jax.Array | None) -> jax.Array:
+    return summed(hidden_apart(teacher, rows_BLD, inputs, labelling.layer, context_BLD=context_BLD))
+
+  return UpperHalf(loss, loss_apart)
 
 
 def make_label_step(
-  teacher_graphdef: Any,
-  autoencoder_graphdef: Any,
-  *,
-  layer: int,
-  spec: AttributionSpec,
-  loss_chunk: int | None = None,
-) -> Callable[[Any, Any, dict], ConceptLabels]:
+  teacher_graphdef: Any, autoencoder_graphdef: Any, labelling: Labelling
+) -> Callable[[Any, Any, Mapping], ConceptLabels]:
   """Makes the jitted function (teacher params, autoencoder params, batch) -> ConceptLabels."""
 
-  def step(teacher_params: Any, autoencoder_params: Any, batch: dict) -> ConceptLabels:
+  def step(teacher_params: Any, autoencoder_params: Any, batch: Mapping) -> ConceptLabels:
     teacher = parameters.merge(teacher_graphdef, teacher_params)
     autoencoder = parameters.merge(autoencoder_graphdef, autoencoder_params)
-    return label_batch(teacher, autoencoder, batch, layer=layer, spec=spec, loss_chunk=loss_chunk)
+    return label_batch(teacher, autoencoder, batch, labelling)
 
   return jax.jit(step)
 
@@ -79,10 +138,9 @@ def label_dataset(
   header: LabelHeader,
   teacher: tuple[Any, Any],
   autoencoder: tuple[Any, Any],
+  labelling: Labelling,
   *,
-  spec: AttributionSpec,
   batch_size: int,
-  loss_chunk: int | None = None,
   progress: bool = True,
 ) -> LabelCache:
   """Labels every token of a dataset, or finishes a run that was stopped, and returns the cache.
@@ -93,17 +151,22 @@ def label_dataset(
     header: see `make_header`.
     teacher: (graph definition, parameters) of the teacher.
     autoencoder: (graph definition, parameters) of the autoencoder.
-    spec: the attribution variant; must be the header's.
+    labelling: how; layer and variant must be the header's.
     batch_size: windows at a time.
-    loss_chunk: tokens whose logits are held at a time; None holds all of them.
     progress: whether to show a progress bar.
 
   Raises:
+    ValueError: a header that says another layer or variant.
     DataError: a partial cache in `directory` that was made with something else.
   """
+  if (header.layer, dict(header.attribution)) != (labelling.layer, labelling.spec.to_dict()):
+    raise ValueError(
+      f"the header says layer={header.layer}, attribution={dict(header.attribution)}; labels would be made with "
+      f"layer={labelling.layer}, attribution={labelling.spec.to_dict()}; make both from the same settings"
+    )
   writer = LabelWriter(directory, header)
   source = WindowSource(dataset, header.window, reset_at_documents=header.reset_at_documents)
-  step = make_label_step(teacher[0], autoencoder[0], layer=header.layer, spec=spec, loss_chunk=loss_chunk)
+  step = make_label_step(teacher[0], autoencoder[0], labelling)
   bar = tqdm(total=len(writer.spans), initial=writer.windows_done, desc="labels", unit=" windows",
              disable=not progress)  # fmt: skip
   with bar:
@@ -111,8 +174,7 @@ def label_dataset(
       windows = [source.window(span.start) for span in spans]
       windows += [windows[-1]] * (batch_size - len(windows))  # one shape, one compilation
       batch = {name: np.stack([window[name] for window in windows]) for name in windows[0]}
-      result = step(teacher[1], autoencoder[1], batch)
-      writer.write(spans, *(np.asarray(field)[: len(spans)] for field in result))
+      writer.write(spans, *jax.device_get(step(teacher[1], autoencoder[1], batch)))
       bar.update(len(spans))
   return writer.finish()
 
@@ -139,7 +201,7 @@ def make_header(
     autoencoder_hash: hash of the autoencoder's parameters.
     teacher_layers: blocks of the teacher.
     layer: the block (from 0) whose output is tapped.
-    active_latents: active latents k of the autoencoder.
+    active_latents: most latents that the autoencoder has active at a position.
     num_concepts: its latents.
     spec: the attribution variant.
     window: tokens of context; the students' window unless there is a reason.
@@ -151,7 +213,7 @@ def make_header(
       uint16, a window that does not fit.
   """
   check_layer(teacher_layers, layer)
-  spec.check(active_latents)
+  spec.check(active_latents, num_concepts)
   return LabelHeader(
     teacher=teacher_hash,
     autoencoder=autoencoder_hash,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nr.data.concept_labels import LabelCache
 from nr.data.windows import WindowSource, ordered_batches, shuffled_batches
 from nr.evaluation.flops import count_flops
 from nr.evaluation.perplexity import DocumentScores, score_documents
@@ -28,12 +29,14 @@ VALIDATION_BATCHES = 4
 
 
 def window_source(
-  context: StageContext, split: str, labels: np.ndarray | None = None, **options: Any
+  context: StageContext, split: str, labels: LabelCache | None = None, **options: Any
 ) -> WindowSource:
-  """Returns the windows of a split as the config's `window` section asks for them."""
+  """Returns the windows of a split as the config's `window` section asks for them, with their labels."""
   window = context.config.window
   dataset = corpus.open_split(context, split)
-  return WindowSource(dataset, window.length, labels, window.reset_at_documents, **options)
+  if labels is not None:
+    options.update(labels=labels.labels, label_weights=labels.weights)
+  return WindowSource(dataset, window.length, reset_at_documents=window.reset_at_documents, **options)
 
 
 def train_language_model(
@@ -42,7 +45,7 @@ def train_language_model(
   method: Method,
   spec: Any,
   training: Any,
-  labels: np.ndarray | None = None,
+  labels: LabelCache | None = None,
 ) -> Artifact:
   """Trains a model on the training split and saves it.
 
@@ -55,7 +58,7 @@ def train_language_model(
     method: what is trained.
     spec: settings of the model, saved with it.
     training: training section of the config.
-    labels: concept labels aligned with the training split, if the method reads them.
+    labels: concept labels of the training split, if the method reads them.
 
   Returns:
     Where the model is, its hash, sizes, counted FLOPs and the loop's summary.
@@ -65,6 +68,7 @@ def train_language_model(
     source,
     training.batch_size,
     seed=training.seed,
+    shift=context.config.window.shift,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     prefetch=2,

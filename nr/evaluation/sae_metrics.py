@@ -4,18 +4,23 @@ Definitions (specification of the house, after arXiv 2406.04093, 2404.16014 and 
 
     fvu                   sum |x - x_hat|^2 / sum |x - mean(x)|^2, the mean over the whole evaluation
                           set (not about zero, not a mean of per-token ratios)
+    explained_variance    1 - fvu
     nmse                  mean over tokens of |x - x_hat|^2 / |x|^2; second moment, not comparable with fvu
     cosine, l2_ratio      mean cos(x, x_hat), mean |x_hat| / |x|
     reconstruction_bias   E |x_hat|^2 / E <x, x_hat>
     l0                    mean number of latents above 0
+    crowded_fraction      share of tokens with more active latents than a sparse code has room for
     never_active_fraction latents that no token of the evaluation set activates
     delta_ce              CE with x_hat in place of the tapped activations, minus clean CE, nats
     loss_recovered        (CE_zero - CE_sub) / (CE_zero - CE_clean), zero ablation at the tap
     loss_recovered_mean   the same with the mean activation instead of zeros
     kl                    mean KL(clean || substituted) of the next-token distributions, nats
+    kl_recovered          (KL_zero - KL_sub) / KL_zero, KL to the clean distributions, zero ablation
+    kl_recovered_mean     the same with the mean activation instead of zeros
 
 `fvu` is in the autoencoder's normalised space; `fvu_raw` in the model's own; `*_without_first` leaves out
-position 0. Arrays: B batch, L positions, D width, C latents, K active latents.
+position 0. All are of the whole function of an autoencoder: where a token has more active latents than a
+sparse code has room for, all of them count. Arrays: B batch, L positions, D width, C latents, K active latents.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +32,7 @@ import numpy as np
 
 from nr.models import parameters
 from nr.models.residual_tap import TapInputs, activations_at, hidden_from
+from nr.models.sparse_autoencoder import SparseCode
 from nr.objectives.language_modeling import token_nll
 
 Batch = Mapping[str, jax.Array]
@@ -53,15 +59,15 @@ class Autoencoding(NamedTuple):
     inputs: normalised activations [B, L, D].
     outputs: their reconstruction, in the same space.
     raw_outputs: the reconstruction in the model's own space.
-    values: active latents' values [B, L, K].
-    indices: their indices.
+    values: active latents' values [B, L, K], or those of all latents [B, L, C].
+    indices: their indices; None where all latents are written out.
   """
 
   inputs: jax.Array
   outputs: jax.Array
   raw_outputs: jax.Array
   values: jax.Array
-  indices: jax.Array
+  indices: jax.Array | None
 
 
 class ReconstructionSums(NamedTuple):
@@ -135,23 +141,37 @@ class LatentSums(NamedTuple):
   Attributes:
     count: tokens.
     active: sum of latents above 0.
+    crowded: tokens with more latents above 0 than a sparse code has room for.
     fired_C: int32, tokens on which each latent is above 0.
   """
 
   count: jax.Array
   active: jax.Array
+  crowded: jax.Array
   fired_C: jax.Array
 
   @classmethod
-  def of(cls, values: jax.Array, indices: jax.Array, is_counted: jax.Array, num_latents: int) -> "LatentSums":
-    """Sums over the tokens that `is_counted` [...] marks in a code [..., K]."""
+  def of(
+    cls,
+    values: jax.Array,
+    indices: jax.Array | None,
+    is_counted: jax.Array,
+    num_latents: int,
+    max_active: int | None = None,
+  ) -> "LatentSums":
+    """Sums over the tokens that `is_counted` [...] marks in a code [..., K], or [..., C] without indices."""
     active = (values > 0) & is_counted[..., None]
-    fired_C = jnp.zeros((num_latents,), jnp.int32).at[indices].add(active.astype(jnp.int32))
-    return cls(is_counted.sum(dtype=jnp.float32), active.sum(dtype=jnp.float32), fired_C)
+    if indices is None:
+      fired_C = active.reshape(-1, num_latents).sum(0, dtype=jnp.int32)
+    else:
+      fired_C = jnp.zeros((num_latents,), jnp.int32).at[indices].add(active.astype(jnp.int32))
+    room = values.shape[-1] if max_active is None else max_active
+    crowded = (active.sum(-1) > room).sum(dtype=jnp.float32)
+    return cls(is_counted.sum(dtype=jnp.float32), active.sum(dtype=jnp.float32), crowded, fired_C)
 
 
 class LossSums(NamedTuple):
-  """Sums of token losses in nats, weighted; all float32 scalars."""
+  """Sums of token losses in nats, weighted, and of KL from the clean distribution; all float32 scalars."""
 
   weight: jax.Array
   clean: jax.Array
@@ -159,6 +179,8 @@ class LossSums(NamedTuple):
   zero: jax.Array
   mean: jax.Array
   divergence: jax.Array
+  zero_divergence: jax.Array
+  mean_divergence: jax.Array
 
 
 class SparseAutoencoderSums(NamedTuple):
@@ -183,6 +205,7 @@ def measure_batch(
   num_latents: int,
   mean_D: jax.Array,
   batch: Batch,
+  max_active: int | None = None,
 ) -> SparseAutoencoderSums:
   """Returns the sums of one batch; pure, to be run under `jax.jit`.
 
@@ -192,6 +215,7 @@ def measure_batch(
     num_latents: C.
     mean_D: mean activation for the mean ablation.
     batch: tokens, targets and weights [B, L], and what the model's functions need.
+    max_active: active latents that a sparse code has room for; None: as many as the code given here.
   """
   x_BLD = model.activations(batch)
   coded = autoencode(x_BLD)
@@ -205,25 +229,30 @@ def measure_batch(
   def loss(x_BLD: jax.Array) -> jax.Array:
     return total(model.losses(x_BLD, batch))
 
-  substitute_BLD = coded.raw_outputs.astype(x_BLD.dtype)
-  divergence = jnp.zeros(())
+  substitutes = {
+    "substituted": coded.raw_outputs.astype(x_BLD.dtype),
+    "zero": jnp.zeros_like(x_BLD),
+    "mean": jnp.broadcast_to(mean_D.astype(x_BLD.dtype), x_BLD.shape),
+  }
+  divergences = dict.fromkeys(substitutes, jnp.zeros(()))
   if model.divergence is not None:
-    divergence = total(model.divergence(x_BLD, substitute_BLD, batch))
-  mean_BLD = jnp.broadcast_to(mean_D.astype(x_BLD.dtype), x_BLD.shape)
+    divergences = {
+      name: total(model.divergence(x_BLD, changed_BLD, batch)) for name, changed_BLD in substitutes.items()
+    }
   losses = LossSums(
     weight=weights_BL.sum(),
     clean=loss(x_BLD),
-    substituted=loss(substitute_BLD),
-    zero=loss(jnp.zeros_like(x_BLD)),
-    mean=loss(mean_BLD),
-    divergence=divergence,
+    **{name: loss(changed_BLD) for name, changed_BLD in substitutes.items()},
+    divergence=divergences["substituted"],
+    zero_divergence=divergences["zero"],
+    mean_divergence=divergences["mean"],
   )
   return SparseAutoencoderSums(
     ReconstructionSums.of(coded.inputs, coded.outputs, real_BL),
     ReconstructionSums.of(coded.inputs, coded.outputs, later_BL),
     ReconstructionSums.of(x_BLD, coded.raw_outputs, real_BL),
     ReconstructionSums.of(x_BLD, coded.raw_outputs, later_BL),
-    LatentSums.of(coded.values, coded.indices, real_BL, num_latents),
+    LatentSums.of(coded.values, coded.indices, real_BL, num_latents, max_active),
     losses,
   )
 
@@ -268,11 +297,13 @@ def summarise(sums: SparseAutoencoderSums) -> dict[str, float]:
     "fvu_without_first": sums.normalised_without_first.fvu,
     "fvu_raw": raw.fvu,
     "fvu_raw_without_first": sums.raw_without_first.fvu,
+    "explained_variance": 1 - normalised.fvu,
     "nmse": normalised.relative_error / normalised.count,
     "cosine": normalised.cosine / normalised.count,
     "l2_ratio": normalised.norm_ratio / normalised.count,
     "reconstruction_bias": normalised.squared_output / normalised.inner,
     "l0": latents.active / latents.count,
+    "crowded_fraction": latents.crowded / latents.count,
     "never_active_fraction": (latents.fired_C == 0).mean(),
     "evaluation_tokens": latents.count,
     "ce_clean": losses.clean / weight,
@@ -280,9 +311,13 @@ def summarise(sums: SparseAutoencoderSums) -> dict[str, float]:
     "ce_zero": losses.zero / weight,
     "ce_mean": losses.mean / weight,
     "delta_ce": (losses.substituted - losses.clean) / weight,
-    "loss_recovered": _recovered(losses.zero, losses),
-    "loss_recovered_mean": _recovered(losses.mean, losses),
+    "loss_recovered": _recovered(losses.zero, losses.substituted, losses.clean),
+    "loss_recovered_mean": _recovered(losses.mean, losses.substituted, losses.clean),
     "kl": losses.divergence / weight,
+    "kl_zero": losses.zero_divergence / weight,
+    "kl_mean": losses.mean_divergence / weight,
+    "kl_recovered": _recovered(losses.zero_divergence, losses.divergence, 0.0),
+    "kl_recovered_mean": _recovered(losses.mean_divergence, losses.divergence, 0.0),
   }
   return {name: float(value) for name, value in results.items()}
 
@@ -308,7 +343,7 @@ def evaluate_transformer(
     teacher: (graph definition, parameters) of the transformer.
     autoencoder: (graph definition, parameters) of the autoencoder.
     layer: the block (from 0) whose output is tapped.
-    use_divergence: whether to measure `kl`, which holds two [B, L, V] arrays of log-probabilities.
+    use_divergence: whether to measure `kl` and its like, which hold two [B, L, V] arrays of log-probabilities.
     loss_chunk: tokens whose logits are held at a time for the losses; None holds all of them.
 
   Returns:
@@ -325,7 +360,8 @@ def evaluate_transformer(
       teacher[0], teacher_params, layer, use_divergence=use_divergence, loss_chunk=loss_chunk
     )
     module = parameters.merge(autoencoder[0], autoencoder_params)
-    return measure_batch(model, autoencoding(module), module.spec.num_latents, mean_D, batch)
+    spec = module.spec
+    return measure_batch(model, autoencoding(module), spec.num_latents, mean_D, batch, spec.max_active)
 
   sums = evaluate(
     batches,
@@ -365,9 +401,14 @@ def autoencoding(module: Any) -> Callable[[jax.Array], Autoencoding]:
 
   def run(x_BLD: jax.Array) -> Autoencoding:
     normalised = module.normalise(x_BLD)
-    code = module.encode(normalised.values_TD)
-    outputs = module.decode(code)
-    return Autoencoding(normalised.values_TD, outputs, module.denormalise(outputs, normalised), *code)
+    if module.spec.arch == "topk":
+      values, indices = module.encode(normalised.values_TD)
+      outputs = module.decode(SparseCode(values, indices))
+    else:
+      values, indices = module.activations(normalised.values_TD), None
+      outputs = module.decode_activations(values) + module.pre_bias[...]
+    raw_outputs = module.denormalise(outputs, normalised)
+    return Autoencoding(normalised.values_TD, outputs, raw_outputs, values, indices)
 
   return run
 
@@ -386,6 +427,6 @@ def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
   return jnp.where(denominator == 0, 0, numerator / jnp.where(denominator == 0, 1, denominator))
 
 
-def _recovered(ablated: float, losses: LossSums) -> float:
-  gap = ablated - losses.clean
-  return (ablated - losses.substituted) / gap if gap else float("nan")
+def _recovered(ablated: float, substituted: float, clean: float) -> float:
+  gap = ablated - clean
+  return (ablated - substituted) / gap if gap else float("nan")

@@ -1,90 +1,49 @@
-"""The TopK sparse autoencoder whose latents are the concepts of CoCoMix.
+"""Sparse autoencoders of a residual stream; their latents are the concepts of CoCoMix.
 
 Forward pass (arXiv 2406.04093 section 2 and the released openai/sparse_autoencoder):
 
     normalise   mu = mean_D(x), s = std_D(x) unbiased, u = (x - mu) / (s + 1e-5)
-    encode      pre = (u - pre_bias) encoder + latent_bias; keep the k largest, then ReLU
+    encode      pre = (u - pre_bias) encoder + latent_bias, then by architecture
     decode      r = values decoder[indices] + pre_bias            (rows of the decoder have unit norm)
     denormalise x_hat = r * s + mu                                (only in the model's own space)
 
-Arrays in this file: T tokens (any leading shape), D model, C latents, K active latents.
+What each architecture makes of pre, z = ReLU(pre):
+
+    topk                   the k largest pre of a token, then ReLU
+    batchtopk, matryoshka  in training the N k largest z of a batch of N tokens; afterwards they are jumprelu
+    jumprelu               pre [pre > threshold], a threshold a latent (arXiv 2407.14435)
+    gated                  [pre > 0] ReLU(exp(magnitude_scale) (u - pre_bias) encoder + magnitude_bias), where the
+                           bias of pre is `gate_bias` (arXiv 2404.16014)
+    relu                   z
+
+Arrays in this file: T tokens (any leading shape), D model, C latents, K room of a sparse code.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nr import names
 from nr.models import parameters
+from nr.models.batch_top_k import keep_largest
+from nr.models.jump_relu import heaviside, jump_relu
 from nr.models.partitioning import constrain
-from nr.models.top_k import IMPLEMENTATIONS, top_k
-from nr.spec import Spec
+from nr.models.sparse_autoencoder_spec import ARCHITECTURES, DECODINGS, NORMALISATIONS, SparseAutoencoderSpec
+from nr.models.top_k import top_k
 
-ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "gated", "relu")
-NORMALISATIONS = ("layer_norm_unbiased",)
-DECODINGS = ("gather", "dense")
-_CHOICES = {
-  "arch": ARCHITECTURES,
-  "normalisation": NORMALISATIONS,
-  "decoding": DECODINGS,
-  "top_k": IMPLEMENTATIONS,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class SparseAutoencoderSpec(Spec):
-  """Settings of a sparse autoencoder.
-
-  Attributes:
-    model_dim: width D of the activations.
-    num_latents: number C of latents (concepts).
-    k: active latents a token.
-    k_aux: dead latents used by the auxiliary loss; all of them when fewer are dead.
-    alpha: weight of the auxiliary loss.
-    dead_tokens: a latent is dead when it has not fired for more than this many tokens.
-    epsilon: added to the standard deviation (not inside the root) in the normalisation.
-    arch: "topk"; the other names of `ARCHITECTURES` are reserved.
-    normalisation: "layer_norm_unbiased", standard deviation with D - 1 in the denominator.
-    decoding: "gather" reads k decoder rows a token, "dense" multiplies by the whole decoder; same
-      result. Gathering moves less on accelerators, the dense product is quicker for small C on CPU.
-    top_k: implementation of the exact top-k (see `nr.models.top_k`); the result does not depend on it.
-    dtype: compute type of the two large products; pre-activations and top-k stay float32.
-    param_dtype: type of the parameters.
-  """
-
-  model_dim: int
-  num_latents: int
-  k: int
-  k_aux: int = 256
-  alpha: float = 1 / 32
-  dead_tokens: int = 10_000_000
-  epsilon: float = 1e-5
-  arch: str = "topk"
-  normalisation: str = "layer_norm_unbiased"
-  decoding: str = "gather"
-  top_k: str = "chunked"
-  dtype: str = "float32"
-  param_dtype: str = "float32"
-
-  def __post_init__(self):
-    for field, allowed in _CHOICES.items():
-      if getattr(self, field) not in allowed:
-        raise ValueError(names.unknown(f"sparse autoencoder {field}", getattr(self, field), allowed))
-    if self.arch != "topk":
-      raise ValueError(f"sparse autoencoder arch={self.arch!r} is not available yet; use arch='topk'")
-    if self.model_dim < 2:
-      raise ValueError(f"model_dim={self.model_dim}: the unbiased deviation needs a width of at least 2")
-    for name in ("k", "k_aux"):
-      value = getattr(self, name)
-      if not 1 <= value <= self.num_latents:
-        raise ValueError(f"{name}={value} must lie between 1 and num_latents={self.num_latents}")
-    if not 0 < self.dead_tokens < 2**30:
-      raise ValueError(f"dead_tokens={self.dead_tokens} must lie between 1 and 2**30 - 1 (an int32 counter)")
-    if self.alpha < 0:
-      raise ValueError(f"alpha={self.alpha} must not be negative; 0 switches the auxiliary loss off")
+__all__ = [
+  "ARCHITECTURES",
+  "DECODINGS",
+  "NORMALISATIONS",
+  "Normalised",
+  "SparseAutoencoder",
+  "SparseAutoencoderSpec",
+  "SparseCode",
+  "densify",
+  "normalise",
+  "unit_rows",
+]
 
 
 class Normalised(NamedTuple):
@@ -92,8 +51,10 @@ class Normalised(NamedTuple):
 
   Attributes:
     values_TD: normalised activations, float32.
-    mean_T1: mean over the width.
-    deviation_T1: unbiased standard deviation plus epsilon: the factor that was divided by.
+    mean_T1: what was subtracted: the mean over the width, or 0.
+    deviation_T1: scale of the activation: its unbiased standard deviation, norm over sqrt(D), or 1. A
+      standard deviation was divided by with epsilon added, and brings values back without it, as in the
+      released code.
   """
 
   values_TD: jax.Array
@@ -102,11 +63,11 @@ class Normalised(NamedTuple):
 
 
 class SparseCode(NamedTuple):
-  """The active latents of each token, largest pre-activation first.
+  """The active latents of each token, largest first.
 
   Attributes:
-    values_TK: activations after ReLU, float32, not negative.
-    indices_TK: their latents, int32.
+    values_TK: activations after ReLU, float32, not negative; 0 where a token has fewer active latents.
+    indices_TK: their latents, int32; where the value is 0 one that is not active.
   """
 
   values_TK: jax.Array
@@ -114,10 +75,11 @@ class SparseCode(NamedTuple):
 
 
 class SparseAutoencoder(nnx.Module):
-  """TopK sparse autoencoder; parameters encoder/kernel, latent_bias, decoder/kernel, pre_bias.
+  """Sparse autoencoder; parameters encoder/kernel, latent_bias, decoder/kernel, pre_bias.
 
-  The constructor ties decoder = encoder transposed with unit rows (they are free afterwards) and
-  leaves both biases 0; `initialise` adds what depends on data.
+  A jumprelu one has a `threshold` besides; a gated one has gate_bias, magnitude_bias and magnitude_scale in
+  place of latent_bias. The constructor ties decoder = encoder transposed with unit rows (they are free
+  afterwards) and leaves the biases 0; `sparse_autoencoder_start.initialise` adds what depends on data.
   """
 
   def __init__(self, spec: SparseAutoencoderSpec, *, rngs: nnx.Rngs):
@@ -132,32 +94,95 @@ class SparseAutoencoder(nnx.Module):
       kernel_DC = uniform(key, shape_CD[::-1], dtype)
       return unit_rows(kernel_DC.T)
 
-    zeros = jax.nn.initializers.zeros
+    def a_latent(initializer=jax.nn.initializers.zeros):
+      return parameters.parameter(key, initializer, shape[1:], ("latents",), dtype)
+
     self.encoder = _Kernel(parameters.parameter(key, uniform, shape, ("embed", "latents"), dtype))
-    self.latent_bias = parameters.parameter(key, zeros, shape[1:], ("latents",), dtype)
+    if spec.arch == "gated":
+      self.gate_bias, self.magnitude_bias, self.magnitude_scale = a_latent(), a_latent(), a_latent()
+    else:
+      self.latent_bias = a_latent()
+    if spec.arch == "jumprelu":
+      self.threshold = a_latent(jax.nn.initializers.constant(spec.initial_threshold))
     self.decoder = _Kernel(parameters.parameter(key, tied, shape[::-1], ("latents", "embed"), dtype))
+    zeros = jax.nn.initializers.zeros
     self.pre_bias = parameters.parameter(key, zeros, shape[:1], ("embed",), dtype)
 
   def normalise(self, x_TD: jax.Array) -> Normalised:
-    """Removes mean and scale over the width (ddof = 1, epsilon added to the deviation)."""
-    return normalise(x_TD, self.spec.epsilon)
+    """Brings raw activations into the autoencoder's space."""
+    return normalise(x_TD, self.spec.epsilon, self.spec.normalisation)
 
   def denormalise(self, values_TD: jax.Array, like: Normalised) -> jax.Array:
     """Brings values of the autoencoder's space back to the scale and mean of `like`."""
     return values_TD * like.deviation_T1 + like.mean_T1
 
   def pre_activations(self, u_TD: jax.Array) -> jax.Array:
-    """Returns the float32 scores [T, C] of all latents for normalised activations."""
-    dtype = jnp.dtype(self.spec.dtype)
-    centred_TD = (u_TD - self.pre_bias[...]).astype(dtype)
-    scores_TC = jnp.matmul(
-      centred_TD, self.encoder.kernel[...].astype(dtype), preferred_element_type=_wide(dtype)
-    )
-    return constrain(scores_TC + self.latent_bias[...], *_activation_axes(scores_TC.ndim))
+    """Returns the float32 scores [T, C] of all latents for normalised activations; a gated one's of its gate."""
+    bias_C = self.gate_bias if self.spec.arch == "gated" else self.latent_bias
+    return self._laid_out(self._product(u_TD) + bias_C[...])
+
+  def gates_and_magnitudes(self, u_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the pre-activations [T, C] of a gated autoencoder's gate and of its magnitudes."""
+    product_TC = self._product(u_TD)
+    magnitudes_TC = product_TC * jnp.exp(self.magnitude_scale[...]) + self.magnitude_bias[...]
+    return self._laid_out(product_TC + self.gate_bias[...]), self._laid_out(magnitudes_TC)
+
+  def activations(self, u_TD: jax.Array) -> jax.Array:
+    """Returns the activations [T, C] of all latents for normalised activations, zeros where inactive.
+
+    Raises:
+      ValueError: the autoencoder still chooses among a whole batch (batchtopk, matryoshka).
+    """
+    if self.spec.arch == "gated":
+      gates_TC, magnitudes_TC = self.gates_and_magnitudes(u_TD)
+      return jnp.where(gates_TC > 0, jax.nn.relu(magnitudes_TC), 0)
+    self._check_form()
+    scores_TC = self.pre_activations(u_TD)
+    if self.spec.arch == "topk":
+      return self.dense(self.select(scores_TC))
+    return self.jump(scores_TC) if self.spec.arch == "jumprelu" else jax.nn.relu(scores_TC)
+
+  def jump(self, scores_TC: jax.Array) -> jax.Array:
+    """Returns scores above the thresholds of a jumprelu autoencoder, with its straight-through gradient."""
+    return jump_relu(scores_TC, self.threshold[...], self.spec.bandwidth)
+
+  def steps(self, scores_TC: jax.Array) -> jax.Array:
+    """Returns 1 for scores above the thresholds, with the straight-through gradient of a step."""
+    return heaviside(scores_TC, self.threshold[...], self.spec.bandwidth)
+
+  def select_in_batch(
+    self, scores_NC: jax.Array, counted_N: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Keeps the k largest activations a token over the whole batch, as batchtopk and matryoshka train.
+
+    The batch is the global one on every mesh; with gradient accumulation it is the microbatch.
+
+    Args:
+      scores_NC: pre-activations.
+      counted_N: bool, tokens that take part and count; None: all.
+
+    Returns:
+      activations [N, C], at most k times the counted tokens of them positive; the smallest one kept
+      (infinite where none is).
+    """
+    values_NC = jax.nn.relu(scores_NC)
+    tokens = jnp.int32(scores_NC.shape[0])
+    if counted_N is not None:
+      values_NC = jnp.where(counted_N[:, None], values_NC, 0)
+      tokens = counted_N.sum(dtype=jnp.int32)
+    kept_NC, smallest = keep_largest(values_NC, tokens * self.spec.k)
+    return constrain(kept_NC, *_activation_axes(kept_NC.ndim)), smallest
 
   def encode(self, u_TD: jax.Array) -> SparseCode:
-    """Returns the k active latents of normalised activations."""
-    return self.select(self.pre_activations(u_TD))
+    """Returns the active latents of normalised activations, the `spec.max_active` largest where there are more.
+
+    Raises:
+      ValueError: as `activations`.
+    """
+    self._check_form()
+    if self.spec.arch == "topk":
+      return self.select(self.pre_activations(u_TD))
+    return SparseCode(*top_k(self.activations(u_TD), self.spec.max_active, implementation=self.spec.top_k))
 
   def select(self, scores_TC: jax.Array, k: int | None = None) -> SparseCode:
     """Keeps the k (default `spec.k`) largest scores by signed value, ties to the lowest index; then ReLU."""
@@ -171,14 +196,29 @@ class SparseAutoencoder(nnx.Module):
 
   def decode_latents(self, code: SparseCode, decoding: str = "gather") -> jax.Array:
     """Returns the weighted sum [T, D] of decoder rows, without the pre-bias."""
+    if decoding == "dense":
+      return self.decode_activations(self.dense(code))
     dtype = jnp.dtype(self.spec.dtype)
-    kernel_CD = self.decoder.kernel[...].astype(dtype)
-    if decoding == "gather":
-      rows_TKD = kernel_CD[code.indices_TK]
-      values_TK = code.values_TK.astype(dtype)
-      return jnp.einsum("...k,...kd->...d", values_TK, rows_TKD, preferred_element_type=_wide(dtype))
-    dense_TC = self.dense(code).astype(dtype)
-    return jnp.matmul(dense_TC, kernel_CD, preferred_element_type=_wide(dtype))
+    rows_TKD = self.decoder_rows().astype(dtype)[code.indices_TK]
+    values_TK = code.values_TK.astype(dtype)
+    return jnp.einsum("...k,...kd->...d", values_TK, rows_TKD, preferred_element_type=_wide(dtype))
+
+  def decode_activations(self, values_TC: jax.Array, first: int = 0, stop: int | None = None) -> jax.Array:
+    """Returns the sum [T, D] of the rows of latents first .. stop - 1, weighted by values, without the pre-bias."""
+    rows_CD = self.decoder_rows()
+    if first or stop not in (None, self.spec.num_latents):
+      rows_CD, values_TC = rows_CD[first:stop], values_TC[..., first:stop]
+    return self.weigh(values_TC, rows_CD)
+
+  def weigh(self, values_TC: jax.Array, rows_CD: jax.Array) -> jax.Array:
+    """Returns the sum [T, D] of rows weighted by values, computed in the compute type."""
+    dtype = jnp.dtype(self.spec.dtype)
+    return jnp.matmul(values_TC.astype(dtype), rows_CD.astype(dtype), preferred_element_type=_wide(dtype))
+
+  def decoder_rows(self) -> jax.Array:
+    """Returns the decoder [C, D] by which activations are decoded: of unit rows for decoder_norm "scaled"."""
+    rows_CD = self.decoder.kernel[...]
+    return unit_rows(rows_CD) if self.spec.decoder_norm == "scaled" else rows_CD
 
   def dense(self, code: SparseCode) -> jax.Array:
     """Returns the code with all C latents written out, zeros where inactive."""
@@ -191,13 +231,53 @@ class SparseAutoencoder(nnx.Module):
     code = self.encode(normalised.values_TD)
     return self.denormalise(self.decode(code), normalised), code
 
+  def score_map(self, u_TD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (inputs [T, D], kernel [D, C], bias [C]) whose affine map is `pre_activations`, in the compute type.
 
-def normalise(x_TD: jax.Array, epsilon: float) -> Normalised:
-  """Removes mean and scale over the width (ddof = 1, epsilon added to the deviation)."""
+    For decoder rows of unit norm; it lets a caller take the scores of some latents at a time.
+    """
+    dtype = jnp.dtype(self.spec.dtype)
+    inputs_TD = u_TD - self.pre_bias[...] if self.spec.subtract_pre_bias else u_TD
+    bias_C = self.gate_bias if self.spec.arch == "gated" else self.latent_bias
+    return inputs_TD.astype(dtype), self.encoder.kernel[...].astype(dtype), bias_C[...]
+
+  def _product(self, u_TD: jax.Array) -> jax.Array:
+    """Returns (u - pre_bias) encoder, float32."""
+    inputs_TD, kernel_DC, _ = self.score_map(u_TD)
+    return jnp.matmul(inputs_TD, kernel_DC, preferred_element_type=_wide(inputs_TD.dtype))
+
+  def _laid_out(self, scores_TC: jax.Array) -> jax.Array:
+    """Measures scores in units of the decoder rows where these are free, and splits them over the mesh."""
+    if self.spec.decoder_norm == "scaled":
+      scores_TC = scores_TC * jnp.linalg.norm(self.decoder.kernel[...], axis=-1)
+    return constrain(scores_TC, *_activation_axes(scores_TC.ndim))
+
+  def _check_form(self) -> None:
+    if self.spec.is_selecting_in_batch:
+      raise ValueError(
+        f"arch={self.spec.arch!r} chooses among the latents of a whole batch and only trains; bring it into the form "
+        "that is used with nr.models.sparse_autoencoder_start.inference_form"
+      )
+
+
+def normalise(x_TD: jax.Array, epsilon: float, normalisation: str = "layer_norm_unbiased") -> Normalised:
+  """Brings activations into an autoencoder's space.
+
+  Args:
+    x_TD: raw activations.
+    epsilon: added to the deviation of "layer_norm_unbiased" (which has ddof = 1).
+    normalisation: one of `NORMALISATIONS`.
+  """
   x_TD = _at_least_float32(x_TD)
-  mean_T1 = x_TD.mean(-1, keepdims=True)
-  deviation_T1 = x_TD.std(-1, ddof=1, keepdims=True) + epsilon
-  return Normalised((x_TD - mean_T1) / deviation_T1, mean_T1, deviation_T1)
+  if normalisation == "layer_norm_unbiased":
+    mean_T1 = x_TD.mean(-1, keepdims=True)
+    deviation_T1 = x_TD.std(-1, ddof=1, keepdims=True)
+    return Normalised((x_TD - mean_T1) / (deviation_T1 + epsilon), mean_T1, deviation_T1)
+  zeros_T1 = jnp.zeros_like(x_TD[..., :1])
+  if normalisation == "none":
+    return Normalised(x_TD, zeros_T1, zeros_T1 + 1)
+  norm_T1 = jnp.linalg.norm(x_TD, axis=-1, keepdims=True) / jnp.sqrt(jnp.asarray(x_TD.shape[-1], x_TD.dtype))
+  return Normalised(x_TD / jnp.where(norm_T1 == 0, 1, norm_T1), zeros_T1, norm_T1)
 
 
 class _Kernel(nnx.Module):
@@ -221,77 +301,6 @@ def unit_rows(kernel_CD: jax.Array) -> jax.Array:
   """Scales every row to Euclidean norm 1; a zero row stays zero."""
   norms_C1 = jnp.linalg.norm(kernel_CD, axis=-1, keepdims=True)
   return kernel_CD / jnp.where(norms_C1 == 0, 1.0, norms_C1)
-
-
-def geometric_median(
-  points_ND: jax.Array, *, num_iterations: int = 100, tolerance: float = 1e-5
-) -> jax.Array:
-  """Returns the point [D] with the least sum of Euclidean distances, by Weiszfeld's iteration.
-
-  Args:
-    points_ND: sample, one point a row.
-    num_iterations: at most this many iterations from the mean.
-    tolerance: stop when the estimate moves less than this (in the unit of the points).
-  """
-  points_ND = _at_least_float32(points_ND)
-
-  def unfinished(state):
-    step, _, moved = state
-    return (step < num_iterations) & (moved > tolerance)
-
-  def improve(state):
-    step, median_D, _ = state
-    distances_N = jnp.linalg.norm(points_ND - median_D, axis=-1)
-    weights_N = 1 / jnp.maximum(distances_N, 1e-8)  # a point at the estimate must not divide by 0
-    improved_D = (weights_N @ points_ND) / weights_N.sum()
-    return step + 1, improved_D, jnp.linalg.norm(improved_D - median_D)
-
-  start = (0, points_ND.mean(0), jnp.asarray(jnp.inf, points_ND.dtype))
-  return jax.lax.while_loop(unfinished, improve, start)[1]
-
-
-def initial_pre_bias(spec: SparseAutoencoderSpec, activations_ND: jax.Array) -> jax.Array:
-  """Returns the geometric median [D] of a sample of raw activations, in the normalised space.
-
-  Args:
-    spec: settings.
-    activations_ND: raw activations of the model, a few thousand rows (32,768 in the release).
-
-  Raises:
-    ValueError: the sample's width is not `spec.model_dim`.
-  """
-  if activations_ND.shape[-1] != spec.model_dim:
-    raise ValueError(
-      f"sample of activations has width {activations_ND.shape[-1]}, model_dim is {spec.model_dim}"
-    )
-  return geometric_median(normalise(activations_ND, spec.epsilon).values_TD)
-
-
-def initialise(
-  spec: SparseAutoencoderSpec, pre_bias_D: jax.Array, key: jax.Array, *, rescale_encoder: bool = True
-) -> dict:
-  """Returns initial parameters as the released trainer makes them.
-
-  Tied encoder and decoder, unit decoder rows, latent bias 0, and optionally the encoder divided by the
-  mean norm of the reconstruction of 256 random unit vectors around the pre-bias (the release reports no
-  clear benefit).
-
-  Args:
-    spec: settings.
-    pre_bias_D: see `initial_pre_bias`.
-    key: random key; the same key gives the same parameters.
-    rescale_encoder: whether to divide the encoder as described.
-  """
-  key_model, key_probe = jax.random.split(key)
-  graphdef, params = parameters.split(SparseAutoencoder(spec, rngs=nnx.Rngs(key_model)))
-  params = {**params, "pre_bias": pre_bias_D.astype(spec.param_dtype)}
-  if rescale_encoder:
-    probes_ND = jax.random.normal(key_probe, (256, spec.model_dim), spec.param_dtype)
-    autoencoder = parameters.merge(graphdef, params)
-    code = autoencoder.encode(unit_rows(probes_ND) + params["pre_bias"])
-    norm = jnp.linalg.norm(autoencoder.decode_latents(code), axis=-1).mean()
-    params = {**params, "encoder": {"kernel": params["encoder"]["kernel"] / norm.astype(spec.param_dtype)}}
-  return params
 
 
 def _wide(dtype) -> jnp.dtype:

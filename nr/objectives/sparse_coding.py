@@ -1,4 +1,4 @@
-"""The loss of a TopK sparse autoencoder, its dead-latent counters and its unit-norm decoder.
+"""The loss of a TopK sparse autoencoder, and what all sparse autoencoders share: counters and constraints.
 
 From the released trainer openai/sparse_autoencoder (train.py, kernels.py; arXiv 2406.04093):
 
@@ -8,10 +8,12 @@ From the released trainer openai/sparse_autoencoder (train.py, kernels.py; arXiv
     L_aux = mean((e_hat - e)^2) / mean((e - mean_tokens(e))^2),  e_hat = the k_aux largest dead latents
             decoded WITHOUT the pre-bias (adding it on one side only is a known defect elsewhere)
 
-The autoencoder is handed in as an object with `spec`, `normalise`, `pre_activations`, `decode` and
+The losses of other architectures are in `sparse_coding_variants`, which also chooses among all. The
+autoencoder is handed in as an object with `spec`, `normalise`, `pre_activations`, `decode` and
 `decode_latents`, so that objectives need no model code. Arrays: N tokens, D width, C latents, K active.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,27 +43,54 @@ def error_scale(normalised_ND: jax.Array) -> jax.Array:
   return 1 / jnp.mean(jnp.square(normalised_ND - normalised_ND.mean(0)))
 
 
-def init_extra(num_latents: int, scale: jax.Array | float) -> dict:
+def init_extra(spec: Any, scale: jax.Array | float) -> dict:
   """Returns the state kept beside the parameters: counters at 0 and the fixed scale of the error.
 
+  Where the architecture needs them also the running inference threshold (-1: no batch seen yet) and the
+  number of updates done.
+
   Args:
-    num_latents: C.
+    spec: settings of the autoencoder.
     scale: `error_scale` of a sample taken once, before the first step.
   """
-  return {
-    "tokens_since_fired": jnp.zeros((num_latents,), jnp.int32),
+  extra = {
+    "tokens_since_fired": jnp.zeros((spec.num_latents,), jnp.int32),
     "mse_scale": jnp.asarray(scale, jnp.float32),
   }
+  if spec.is_selecting_in_batch:
+    extra["threshold"] = jnp.asarray(-1, jnp.float32)
+  if spec.sparsity_warmup:
+    extra["step"] = jnp.zeros((), jnp.int32)
+  return extra
 
 
-EXTRA_AXES = {"tokens_since_fired": ("latents",), "mse_scale": ()}
+def extra_axes(spec: Any) -> dict:
+  """Returns the logical axis names of `init_extra`."""
+  axes = {"tokens_since_fired": ("latents",), "mse_scale": ()}
+  axes.update({"threshold": ()} if spec.is_selecting_in_batch else {})
+  axes.update({"step": ()} if spec.sparsity_warmup else {})
+  return axes
 
 
-def update_extra(extra: dict, params: Any, statistics: FiredCounts, step: Any) -> dict:
-  """Returns the counters after a batch: 0 where a latent fired, else more by the batch's tokens."""
-  del params, step
+def update_extra(
+  extra: dict, params: Any, statistics: FiredCounts, step: Any, *, threshold_rate: float | None = None
+) -> dict:
+  """Returns the counters after a batch: 0 where a latent fired, else more by the batch's tokens.
+
+  The inference threshold moves by `threshold_rate` of its distance to the smallest activation that the
+  batch kept (the mean over microbatches); the first one is taken whole.
+  """
+  del params
   counters_C = advance(extra["tokens_since_fired"], statistics.fired_C > 0, statistics.tokens)
-  return {**extra, "tokens_since_fired": counters_C}
+  updated = {**extra, "tokens_since_fired": counters_C}
+  if "threshold" in extra:
+    old, batches = extra["threshold"], statistics.batches
+    smallest = statistics.smallest / jnp.maximum(batches, 1)
+    moved = jnp.where(old < 0, smallest, old + threshold_rate * (smallest - old))
+    updated["threshold"] = jnp.where(batches > 0, moved, old)
+  if "step" in extra:
+    updated["step"] = jnp.asarray(step, jnp.int32) + 1
+  return updated
 
 
 def advance(counters_C: jax.Array, fired_C: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -91,18 +120,14 @@ def topk_loss(
     `dead_fraction`; statistics `FiredCounts`.
   """
   spec = autoencoder.spec
-  weights_N = jnp.ones(activations_ND.shape[:1]) if weights_N is None else weights_N.astype(jnp.float32)
-  counted_N = weights_N > 0
-  u_ND = jax.lax.stop_gradient(autoencoder.normalise(activations_ND).values_TD)
-  u_ND = jnp.where(counted_N[:, None], u_ND, 0.0)
+  u_ND, weights_N, counted_N = prepare(autoencoder, activations_ND, weights_N)
   scores_NC = autoencoder.pre_activations(u_ND)
   code = autoencoder.select(scores_NC)
   r_ND = autoencoder.decode(code)
 
   active_NK = code.values_TK > FIRED_ABOVE
   statistics = count_fired(active_NK & counted_N[:, None], code.indices_TK, counted_N, spec.num_latents)
-  counters_C = advance(extra["tokens_since_fired"], statistics.fired_C > 0, statistics.tokens)
-  dead_C = jax.lax.stop_gradient(counters_C > spec.dead_tokens)
+  dead_C = dead_latents(spec, extra, statistics)
 
   error_N = jnp.square(r_ND - u_ND).mean(-1) * extra["mse_scale"]
   mse = Weighted.of(error_N, weights_N)
@@ -117,6 +142,22 @@ def topk_loss(
     "dead_fraction": Weighted(dead_C.mean() * mse.weight, mse.weight),
   }
   return LossOutput(loss, metrics, statistics)
+
+
+def prepare(
+  autoencoder: Any, activations_ND: jax.Array, weights_N: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns normalised activations [N, D] (0 where they do not count), weights [N] and which count, bool [N]."""
+  weights_N = jnp.ones(activations_ND.shape[:1]) if weights_N is None else weights_N.astype(jnp.float32)
+  counted_N = weights_N > 0
+  u_ND = jax.lax.stop_gradient(autoencoder.normalise(activations_ND).values_TD)
+  return jnp.where(counted_N[:, None], u_ND, 0.0), weights_N, counted_N
+
+
+def dead_latents(spec: Any, extra: dict, statistics: FiredCounts) -> jax.Array:
+  """Returns bool [C], the latents that are dead once this batch has been counted."""
+  counters_C = advance(extra["tokens_since_fired"], statistics.fired_C > 0, statistics.tokens)
+  return jax.lax.stop_gradient(counters_C > spec.dead_tokens)
 
 
 def auxiliary_loss(
@@ -157,6 +198,35 @@ def count_fired(
   """Counts on how many tokens each latent was active."""
   fired_C = jnp.zeros((num_latents,), jnp.int32).at[indices_NK].add(active_NK.astype(jnp.int32))
   return FiredCounts(fired_C, counted_N.sum(dtype=jnp.int32))
+
+
+def constrained(spec: Any) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
+  """Returns what keeps an autoencoder's parameters where they belong, to wrap an optimizer in.
+
+  Decoder rows stay at norm 1 (unless they are free), thresholds at 0 or above. SAELens passes thresholds
+  through a ReLU instead, whose gradient is 0 for one that has become negative: it stays there.
+  """
+
+  def wrap(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    if spec.arch == "jumprelu":
+      inner = not_negative(inner, ("threshold",))
+    return unit_norm_decoder(inner) if spec.decoder_norm == "unit" else inner
+
+  return wrap
+
+
+def not_negative(inner: optax.GradientTransformation, path: tuple[str, ...]) -> optax.GradientTransformation:
+  """Keeps a parameter at 0 or above: what a step of `inner` makes negative becomes 0."""
+  inner = optax.with_extra_args_support(inner)
+
+  def update(gradients, state, params=None, **extra_args):
+    if params is None:
+      raise ValueError("not_negative needs the parameters: call update(gradients, state, params)")
+    updates, state = inner.update(gradients, state, params, **extra_args)
+    held = _read(params, path)
+    return _replace(updates, path, jnp.maximum(_read(updates, path), -held)), state
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def unit_norm_decoder(

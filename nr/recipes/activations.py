@@ -1,19 +1,22 @@
 """Activations of a frozen teacher as a shuffled, resumable stream of batches.
 
-The stream is cut into chunks of windows. A chunk's activations are computed at once, its rows are
-permuted across windows, and batches are cut from them. Everything is a function of (seed, chunk,
-offset), so the position is two numbers, and going on from it gives the same bits: the chunk is computed
-again. Rows that do not fill a last batch of a chunk are left out (fewer than one batch in
+The stream is cut into chunks of windows. A chunk's activations are computed at once, or read from a cache
+on disk, its rows are permuted across windows, and batches are cut from them. Everything is a function of
+(seed, chunk, offset), so the position is two numbers, and going on from it gives the same bits: the chunk is
+made again. Rows that do not fill a last batch of a chunk are left out (fewer than one batch in
 `chunk_batches`).
 """
 
-from collections.abc import Callable, Mapping
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
 import jax
 import numpy as np
+from tqdm import tqdm
 
+from nr.data.activation_cache import ActivationCache, ActivationHeader, ActivationWriter
 from nr.data.bad_records import DataError
 from nr.models import parameters
 from nr.models.residual_tap import TapInputs, activations_at
@@ -56,6 +59,7 @@ class ActivationBatches(grain.IterDataset):
     skip_first: leave out position 0, whose activation is abnormal in many models.
     process_index: which share of the windows to read.
     process_count: number of shares.
+    cache: activations of all windows of the source, read in place of running the teacher.
 
   Raises:
     DataError: a batch that does not divide over the processes, too few windows.
@@ -73,6 +77,7 @@ class ActivationBatches(grain.IterDataset):
     skip_first: bool = True,
     process_index: int = 0,
     process_count: int = 1,
+    cache: ActivationCache | None = None,
   ):
     super().__init__()
     if batch_size < 1 or batch_size % process_count:
@@ -81,7 +86,7 @@ class ActivationBatches(grain.IterDataset):
       raise DataError(f"chunk_batches={chunk_batches} must be at least 1")
     if len(source) < process_count:
       raise DataError(f"{len(source)} windows cannot be shared by {process_count} processes; give more text")
-    self.source, self.tap, self.seed = source, tap, seed
+    self.source, self.tap, self.seed, self.cache = source, tap, seed, cache
     self.rows = batch_size // process_count
     self.windows_per_call, self.skip_first = windows_per_call, skip_first
     self.process_index, self.process_count = process_index, process_count
@@ -107,12 +112,13 @@ class ActivationBatches(grain.IterDataset):
     indices = self.windows_of(chunk)
     pieces = []
     for begin in range(0, len(indices), self.windows_per_call):
-      windows = [self.source[int(index)] for index in indices[begin : begin + self.windows_per_call]]
-      count = len(windows)
-      windows += [windows[-1]] * (self.windows_per_call - count)  # one shape, one compilation
-      batch = {name: np.stack([window[name] for window in windows]) for name in windows[0]}
-      activations_BLD = np.asarray(self.tap(batch), np.float32)
-      pieces.append(activations_BLD[:count][kept_rows(batch, self.skip_first)[:count]])
+      some = indices[begin : begin + self.windows_per_call]
+      batch = stack_windows(self.source, some, self.windows_per_call)
+      if self.cache is None:
+        activations_BLD = np.asarray(self.tap(batch), np.float32)[: len(some)]
+      else:
+        activations_BLD = self.cache.read(some)
+      pieces.append(activations_BLD[kept_rows(batch, self.skip_first)[: len(some)]])
     rows_RD = np.concatenate(pieces)
     order_R = np.random.default_rng([self.seed, _ROWS, chunk, self.process_index]).permutation(len(rows_RD))
     return rows_RD, order_R
@@ -164,6 +170,53 @@ class ActivationIterator(grain.DatasetIterator):
       self._computed = None  # two chunks are never held at once
       self._computed = (self._chunk, *self._dataset.compute(self._chunk))
     return self._computed[1:]
+
+
+def stack_windows(source: Any, indices: Sequence[int], count: int) -> dict[str, np.ndarray]:
+  """Returns windows of a source as one batch of `count` rows, the last window repeated: one shape, one compilation."""
+  windows = [source[int(index)] for index in indices]
+  windows += [windows[-1]] * (count - len(windows))
+  return {name: np.stack([window[name] for window in windows]) for name in windows[0]}
+
+
+def fill_cache(
+  directory: str | pathlib.Path,
+  source: Any,
+  tap: Tap,
+  header: ActivationHeader,
+  *,
+  windows_per_call: int = 8,
+  process_count: int = 1,
+  progress: bool = True,
+) -> ActivationCache:
+  """Opens a cache of the activations of every window, writing it, or the rest of it, where it is not there.
+
+  Args:
+    directory: where the cache is or goes.
+    source: windows by __len__ and __getitem__.
+    tap: see `make_tap`.
+    header: what the activations depend on.
+    windows_per_call: windows the teacher reads at once.
+    process_count: processes of the run; several only read.
+    progress: whether to show a progress bar.
+
+  Raises:
+    DataError: a cache of something else, a full disk, or several processes before there is a cache.
+  """
+  if ActivationCache.is_there(directory):
+    return ActivationCache.open(directory, header)
+  if process_count > 1:
+    raise DataError(
+      f"{directory}: {process_count} processes cannot write one cache; write it first with a run of one process"
+    )
+  writer = ActivationWriter(directory, header)
+  with tqdm(total=header.num_windows, initial=writer.windows_done, desc="activations", unit=" windows",
+            disable=not progress) as bar:  # fmt: skip
+    for some in writer.remaining(windows_per_call):
+      batch = stack_windows(source, some, windows_per_call)
+      writer.write(np.asarray(tap(batch), np.float32)[: len(some)])
+      bar.update(len(some))
+  return writer.finish()
 
 
 def kept_rows(batch: Batch, skip_first: bool) -> np.ndarray:

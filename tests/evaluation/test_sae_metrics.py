@@ -9,7 +9,8 @@ from flax import nnx
 from nr.evaluation import sae_metrics
 from nr.evaluation.sae_metrics import Autoencoding, LatentSums, ReconstructionSums, TappedModel
 from nr.models import parameters
-from nr.models.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderSpec
+from nr.models import sparse_autoencoder as sae
+from nr.models.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderSpec, SparseCode
 from nr.models.transformer import Transformer, TransformerSpec
 
 WIDTH = 6
@@ -77,6 +78,11 @@ def test_latents_are_counted_above_zero_only():
   indices = jnp.asarray([[0, 1], [0, 2], [3, 1]])
   sums = LatentSums.of(values, indices, jnp.asarray([True, True, False]), 5)
   assert sums.fired_C.tolist() == [2, 0, 1, 0, 0] and sums.active == 3 and sums.count == 2
+  assert sums.crowded == 0
+  # The same with all latents written out, and room for one of them.
+  dense = sae.densify(SparseCode(values, indices), 5)
+  written = LatentSums.of(dense, None, jnp.asarray([True, True, False]), 5, max_active=1)
+  assert written.fired_C.tolist() == [2, 0, 1, 0, 0] and written.active == 3 and written.crowded == 1
   assert sae_metrics.dead_fraction(np.array([5, 11, 10, 12]), 10) == 0.5
 
 
@@ -129,6 +135,7 @@ def test_32_identity_costs_nothing_and_recovers_everything():
   metrics = evaluate(lambda x: x, toy_batches())
   assert metrics["delta_ce"] == 0 and metrics["loss_recovered"] == 1 and metrics["loss_recovered_mean"] == 1
   assert metrics["kl"] == 0 and metrics["fvu"] == 0 and metrics["fvu_raw_without_first"] == 0
+  assert metrics["explained_variance"] == 1 and metrics["kl_recovered"] == 1 and metrics["kl_zero"] > 0.1
   assert metrics["evaluation_tokens"] == 3 * 4 * LENGTH and metrics["never_active_fraction"] == 1
 
 
@@ -138,6 +145,37 @@ def test_32_zeros_recover_nothing():
   np.testing.assert_allclose(metrics["delta_ce"], metrics["ce_zero"] - metrics["ce_clean"], rtol=1e-6)
   np.testing.assert_allclose(metrics["ce_zero"], np.log(VOCABULARY), rtol=1e-5)
   assert abs(metrics["delta_ce"]) > 0.1 and metrics["kl"] > 0.1
+  assert metrics["kl_recovered"] == 0 and metrics["kl"] == metrics["kl_zero"]
+
+
+def test_32_the_mean_recovers_nothing_against_mean_ablation():
+  mean_D = np.mean([toy_model().activations(batch) for batch in toy_batches()], axis=(0, 1, 2))
+  metrics = evaluate(lambda x: jnp.broadcast_to(mean_D, x.shape), toy_batches())
+  np.testing.assert_allclose(
+    [metrics["loss_recovered_mean"], metrics["kl_recovered_mean"], metrics["explained_variance"]],
+    0,
+    atol=1e-5,
+  )
+  assert metrics["kl_mean"] > 0.01 and metrics["kl_recovered"] > 0.01
+
+
+@pytest.mark.parametrize("arch", ["topk", "jumprelu", "gated", "relu"])
+def test_an_autoencoder_of_every_architecture_is_measured_whole(arch):
+  # Room for one latent in a sparse code; the metrics are of all that are active.
+  spec = SparseAutoencoderSpec(
+    WIDTH, 16, 3 if arch == "topk" else 1, arch=arch, **({} if arch == "topk" else {"max_active": 1})
+  )
+  module = SparseAutoencoder(spec, rngs=nnx.Rngs(0))
+  x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 7, WIDTH)), jnp.float32)
+  coded = sae_metrics.autoencoding(module)(x)
+  normalised = module.normalise(x)
+  dense = module.activations(normalised.values_TD)
+  np.testing.assert_allclose(coded.inputs, normalised.values_TD)
+  np.testing.assert_allclose(coded.outputs, dense @ module.decoder.kernel[...], atol=1e-5)
+  np.testing.assert_allclose(coded.raw_outputs, module.denormalise(coded.outputs, normalised), rtol=1e-6)
+  sums = LatentSums.of(coded.values, coded.indices, jnp.ones((2, 7), bool), 16, spec.max_active)
+  np.testing.assert_array_equal(sums.fired_C, (dense > 0).sum((0, 1)))
+  assert sums.active == (dense > 0).sum() and (sums.crowded > 0) == (arch != "topk")
 
 
 def test_losses_do_not_depend_on_batches():

@@ -4,25 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from nr.models import parameters
-from nr.models import sparse_autoencoder as sae
 from nr.models.sparse_autoencoder import SparseAutoencoderSpec
-from nr.objectives import sparse_coding
 from nr.recipes.activations import ActivationBatches
-from nr.recipes.cocomix.method import sparse_autoencoder_method
 from nr.training.defaults import get_training_config
 from nr.training.loop import train
-from nr.training.model_files import graphdef_of
-from nr.training.optimizers import make_optimizer
-from nr.training.state import initial_params, initial_state
-from nr.training.step import make_train_step
+from tests.laws import synthetic_dictionary
+from tests.laws.synthetic_dictionary import make_method
 from tests.training import method_suite
-
-
-def make_method(spec, sample_ND):
-  normalised_ND = sae.normalise(sample_ND, spec.epsilon).values_TD
-  scale = float(sparse_coding.error_scale(normalised_ND))
-  return sparse_autoencoder_method(spec, sae.initial_pre_bias(spec, sample_ND), scale)
 
 
 def make_config(steps, **changes):
@@ -33,10 +21,9 @@ def make_config(steps, **changes):
   return config
 
 
-def unexplained(spec, params, x_ND):
-  model = parameters.merge(graphdef_of(spec), params)
+def unexplained(model, x_ND):
   u_ND = model.normalise(x_ND).values_TD
-  error_ND = u_ND - model.decode(model.encode(u_ND))
+  error_ND = u_ND - model.decode_activations(model.activations(u_ND)) - model.pre_bias[...]
   return float((error_ND**2).sum() / ((u_ND - u_ND.mean(0)) ** 2).sum())
 
 
@@ -53,39 +40,49 @@ def test_sparse_autoencoder_method_passes_the_suite(tmp_path):
   method_suite.check_all(method, batch, tmp_path, golden="sparse_autoencoder", meshes=meshes)
 
 
-@pytest.mark.slow
-def test_30_a_known_sparse_dictionary_is_recovered():
-  # 4 active non-negative atoms out of 96 in 64 dimensions. What a linear encoder cannot tell apart
-  # (about 3 other atoms with squared cosine 1/64 each) leaves some 4 % of the variance unexplained.
-  width, num_atoms, active, steps, batch = 64, 96, 4, 600, 256
-  rng = np.random.default_rng(0)
-  atoms_AD = rng.normal(size=(num_atoms, width))
-  atoms_AD -= atoms_AD.mean(1, keepdims=True)  # the normalisation removes the mean
-  atoms_AD /= np.linalg.norm(atoms_AD, axis=1, keepdims=True)
+@pytest.mark.parametrize("arch", ["batchtopk", "matryoshka", "jumprelu", "gated", "relu"])
+def test_every_architecture_has_its_golden_tree_of_parameters(arch):
+  method = make_method(SparseAutoencoderSpec(12, 32, 6, arch=arch), np.eye(12, dtype=np.float32))
+  method_suite.check_golden_parameters(method, f"sparse_autoencoder_{arch}")
+  method_suite.check_master_parameters_are_float32(method)
 
-  def draw(count):
-    chosen = rng.random((count, num_atoms)).argsort(1)[:, :active]
-    coefficients = np.zeros((count, num_atoms))
-    np.put_along_axis(coefficients, chosen, rng.uniform(0.5, 1.5, (count, active)), 1)
-    return (coefficients @ atoms_AD).astype(np.float32)
 
-  spec = SparseAutoencoderSpec(
-    width, 2 * num_atoms, active, k_aux=32, dead_tokens=5000, decoding="dense", top_k="lax"
-  )
-  method = make_method(spec, draw(2048))
-  config = make_config(steps)
-  config.schedule.name = "linear"
-  optimizer = make_optimizer(config, method)
-  state = initial_state(method, optimizer, initial_params(method, 0))
-  step = make_train_step(method, optimizer)
-  test_ND = draw(4000)
-  assert unexplained(spec, state.params, test_ND) > 0.5
-  for _ in range(steps):
-    state, _ = step(state, {}, {"activations": draw(batch), "weights": np.ones(batch, np.float32)})
+# Where no number of active latents is set, the weight that gives about the true one.
+RECOVERY = {
+  "topk": {},
+  "batchtopk": {},
+  "matryoshka": {},
+  "jumprelu": {"sparsity": 0.1, "bandwidth": 0.5},
+  "gated": {"sparsity": 0.2},
+  "relu": {"sparsity": 0.02},
+}
+
+
+@pytest.fixture(scope="module")
+def dictionary():
+  atoms_AD = synthetic_dictionary.make_atoms()
+  data_SND = [
+    synthetic_dictionary.draw(atoms_AD, synthetic_dictionary.ROWS, 100 + step) for step in range(600)
+  ]
+  return atoms_AD, np.stack(data_SND), synthetic_dictionary.draw(atoms_AD, 4000, 7)
+
+
+@pytest.mark.parametrize("arch", RECOVERY)
+def test_30_a_known_sparse_dictionary_is_recovered(arch, dictionary):
+  # 2 active non-negative atoms out of 64 in 32 dimensions. What a linear encoder cannot tell apart (the
+  # other atom, with a squared cosine of 1/57 on average) leaves some 2 % of the variance unexplained.
+  atoms_AD, data_SND, test_ND = dictionary
+  state, spec = synthetic_dictionary.train(arch, data_SND, **RECOVERY[arch])
   rows_CD = np.asarray(state.params["decoder"]["kernel"])
-  assert (atoms_AD @ rows_CD.T).max(1).mean() > 0.9
-  assert unexplained(spec, state.params, test_ND) < 0.05
   assert np.abs(np.linalg.norm(rows_CD, axis=1) - 1).max() < 1e-5  # test 28, through the common step
+  assert (atoms_AD @ rows_CD.T).max(1).mean() > 0.9
+  used_spec, params, model = synthetic_dictionary.used(state, spec)
+  assert unexplained(model, test_ND) < 0.05
+  if arch in ("batchtopk", "matryoshka"):
+    # One threshold, found on training batches, keeps about as many as the selection over a batch.
+    assert used_spec.arch == "jumprelu" and len(np.unique(params["threshold"])) == 1
+    active = (model.activations(model.normalise(test_ND).values_TD) > 0).sum(-1).mean()
+    assert 0.9 * spec.k < active < 1.1 * spec.k
 
 
 class Windows:
@@ -100,7 +97,8 @@ class Windows:
 
 
 @pytest.mark.slow
-def test_resumed_training_on_streamed_activations_is_bit_exact(tmp_path):
+@pytest.mark.parametrize("arch", ["topk", "matryoshka"])
+def test_resumed_training_on_streamed_activations_is_bit_exact(tmp_path, arch):
   table_VD = np.random.default_rng(1).normal(size=(50, 12)).astype(np.float32)
 
   def make_data():
@@ -109,7 +107,7 @@ def test_resumed_training_on_streamed_activations_is_bit_exact(tmp_path):
 
     return ActivationBatches(Windows(), tap, batch_size=16, seed=0, chunk_batches=3)
 
-  spec = SparseAutoencoderSpec(12, 32, 4, k_aux=8, dead_tokens=40)
+  spec = SparseAutoencoderSpec(12, 32, 4, k_aux=8, dead_tokens=40, arch=arch)
   method = make_method(spec, make_data().sample(64))
   whole = train(make_config(9, batch_size=16), method, make_data(), (), tmp_path / "whole")
   train(make_config(4, batch_size=16), method, make_data(), (), tmp_path / "parts")
@@ -118,3 +116,4 @@ def test_resumed_training_on_streamed_activations_is_bit_exact(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, parts.state, whole.state)
   # Some latents are dead by now: the counters took part in what was resumed.
   assert (np.asarray(whole.state.extra["tokens_since_fired"]) > spec.dead_tokens).any()
+  assert arch == "topk" or whole.state.extra["threshold"] > 0

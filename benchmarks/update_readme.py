@@ -111,9 +111,19 @@ def divpo_row(paper: str) -> str:
   measured = (
     f"toy personas, {len(report['seeds'])} seeds: attribute entropy minus that of the base, nats: online DPO "
     f"{spread(over['dpo_online'])}, online DivPO {spread(over['divpo_online'])}; valid texts of DivPO: "
-    f"{spread(table['divpo_online']['validity'], 3)}"
+    f"{spread(table['divpo_online']['validity'], 3)}. SmolLM2-135M-Instruct with an adapter, first names for people "
+    f"that were held out ([divpo_smollm.json](benchmarks/results/divpo_smollm.json)): share of different valid "
+    f"answers {smollm_answers('distinct_valid')}"
   )
   return recipe_row(paper, "divpo", measured)
+
+
+def smollm_answers(measure: str) -> str:
+  """Returns a measure of the run on a real model, before and after, with intervals over prompts."""
+  report = json.loads((RESULTS / "divpo_smollm.json").read_text())
+  arms = report["over_prompts"]["measures"][measure]["arms"]
+  titles = {"base": "before", "dpo_online": "online DPO", "divpo_online": "online DivPO"}
+  return ", ".join(f"{title} {spread(arms[arm])}" for arm, title in titles.items())
 
 
 def length_instruct_row(paper: str) -> str:
@@ -138,13 +148,16 @@ ROWS = {
 
 def preference_tables() -> str:
   """Returns a table for each recipe that learns from preferences, from its result file."""
-  return "\n\n".join([adaptive_decoding_table(), divpo_table(), length_instruct_table()])
+  parts = [adaptive_decoding_table(), divpo_table(), divpo_smollm_table(), length_instruct_table()]
+  return "\n\n".join(parts)
 
 
 def short(interval: dict | None, digits: int = 2) -> str:
   """Returns a number with its interval for a cell."""
   if interval is None:
     return "-"
+  if interval["low"] is None:  # one seed
+    return f"{interval['estimate']:.{digits}f}"
   return f"{interval['estimate']:.{digits}f} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
 
 
@@ -188,6 +201,22 @@ def divpo_table() -> str:
     for arm in report["arms"]
   ]
   return "#### DivPO: what the models write\n\n" + markdown(["model", *fields.values()], rows)
+
+
+def divpo_smollm_table() -> str:
+  report = json.loads((RESULTS / "divpo_smollm.json").read_text())
+  found = report["over_prompts"]
+  fields = {"validity": "valid", "distinct_valid": "different valid answers over answers"}
+  rows = [
+    [arm, *(short(found["measures"][field]["arms"][arm]) for field in fields)] for arm in report["arms"]
+  ]
+  entropy = [short(report["table"][arm]["attribute_entropy"]) for arm in report["arms"]]
+  rows = [[*row, value] for row, value in zip(rows, entropy)]
+  return (
+    f"#### DivPO on a real model: SmolLM2-135M-Instruct, {report['steps']} steps of an adapter, one seed, "
+    f"{found['prompts']} held-out prompts\n\n"
+    + markdown(["model", *fields.values(), "entropy of names, nats"], rows)
+  )
 
 
 def length_instruct_table() -> str:

@@ -56,8 +56,12 @@ def test_36_both_losses_fall_and_resuming_at_25_repeats_steps_26_to_50(tmp_path)
 
   rows = {name: read_metrics(tmp_path / name) for name in ("whole", "parts")}
   for metric in ("next_token_loss", "concept_loss"):
-    curves = {name: {row["step"]: row[metric] for row in found if metric in row} for name, found in rows.items()}
-    assert [curves["parts"][step] for step in range(26, 51)] == [curves["whole"][step] for step in range(26, 51)]
+    curves = {
+      name: {row["step"]: row[metric] for row in found if metric in row} for name, found in rows.items()
+    }
+    assert [curves["parts"][step] for step in range(26, 51)] == [
+      curves["whole"][step] for step in range(26, 51)
+    ]
     assert curves["whole"][50] < 0.8 * curves["whole"][1]
     if metric == "concept_loss":
       assert curves["whole"][50] > np.log(4)  # four labels of equal weight allow no less

@@ -30,7 +30,7 @@ RUNTIMES = {
   "v6e": "v2-alpha-tpuv6e",
   "v4": "tpu-ubuntu2204-base",
 }
-"""Runtime version by kind of TPU, from Cloud TPU's documentation."""
+"""Usual runtime version by kind of TPU; `gcloud compute tpus tpu-vm versions list` has those of a zone."""
 ARCHIVE = "nr.tar.gz"
 # uv brings a Python that is new enough whatever the image has.
 INSTALL = f"""set -e

@@ -367,6 +367,37 @@ def test_23_the_whole_path_from_tokens_to_labels_follows_the_variant(gpt2):
     np.testing.assert_array_equal(found.labels_BLA, labels)
 
 
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"decoder_norm": "scaled"},
+    {"arch": "jumprelu", "initial_threshold": 0.5},
+    {"arch": "relu", "decoder_norm": "scaled"},
+  ],
+)
+def test_23_before_and_after_agree_on_active_latents_of_every_form(gpt2, settings):
+  """Above its threshold a latent passes unchanged, in whatever unit it is measured; codes vary in size."""
+  spec = in_double(SparseAutoencoderSpec(WIDTH, LATENTS, ACTIVE, top_k="lax", **settings))
+  sae = perturbed(SparseAutoencoder(spec, rngs=nnx.Rngs(6)), 7)
+  assert np.abs(np.linalg.norm(sae.decoder.kernel[...], axis=-1) - 1).max() > 0.1
+  u = sae.normalise(gpt2.hidden).values_TD
+  code, gradient = sae.encode(u), gpt2.gradients["future", "original"]
+  active = np.asarray((code.values_TK > 0).sum(-1))
+  post, pre = (
+    attribution.rank(label_corpus.read_latents(sae, u, code, act), gradient, AttributionSpec(act=act))
+    for act in ("post", "pre")
+  )
+  np.testing.assert_allclose(pre.scores_BLA, post.scores_BLA, rtol=1e-9)
+  np.testing.assert_array_equal(pre.positive_BL, post.positive_BL)
+  for ranking in (pre, post):
+    labels = attribution.select_labels(ranking, jnp.ones((BATCH, LENGTH), bool), AttributionSpec()).labels_BLA
+    np.testing.assert_array_equal((labels != NO_LABEL).sum(-1), np.minimum(active, 4))
+  # The sum of all scores is the effect of the whole code, to first order, whatever its units.
+  scores = attribution.attribution_scores(*code, sae.decoder_rows(), gradient)
+  along = (np.asarray(sae.decode(code) - sae.pre_bias[...]) * gradient).sum(-1)
+  np.testing.assert_allclose(scores.sum(-1), along, rtol=1e-9, atol=1e-12)
+
+
 def latents_of(indices, values=None, num_latents=10):
   values = np.ones(np.shape(indices)) if values is None else np.asarray(values, float)
   return Latents(

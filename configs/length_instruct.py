@@ -289,20 +289,20 @@ def _make_paper(config: ConfigDict) -> None:
 def _make_sampled(config: ConfigDict) -> None:
   """A small chat model on pairs of its own. Sizes, and all of training, are ours: for two cores.
 
-  The arms see as many pairs: those that have more go through them less often.
+  The arms train for as long: those that have more pairs go through them less often.
   """
-  config.data.update(chat_template="own", max_length=384)
+  config.data.update(chat_template="own", max_length=320)
   config.adapter.rank = 16
-  config.pools.update(instructions="INSTRUCTIONS", max_new_tokens=160, num_samples=4)
+  config.pools.update(instructions="INSTRUCTIONS", max_new_tokens=128)
   for arm in config.arms:
     config.arms[arm].train = ConfigDict({})
     config.arms[arm].mix = "" if arm.startswith("r_dpo") else config.arms[arm].mix
-  config.train.update(steps=60, batch_size=8, log_every=5)
-  config.train.optimizer.learning_rate = 2e-4
-  config.train.schedule.warmup_steps = 6
+  config.train.update(steps=60, batch_size=4, log_every=5)
+  config.train.optimizer.learning_rate = 5e-4
+  config.train.schedule.warmup_steps = 5
   config.train.checkpoint.every = 10
   config.evaluate.update(
-    limits=(10, 20, 40, 80), answers_without_limit=1, scales=(), most_cases=32, max_new_tokens=160
+    limits=(10, 30, 60), answers_without_limit=1, scales=(), most_cases=32, max_new_tokens=128
   )
 
 

@@ -7,6 +7,7 @@ made again. Rows that do not fill a last batch of a chunk are left out (fewer th
 `chunk_batches`).
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,7 +43,16 @@ def make_tap(graphdef: Any, params: Any, layer: int) -> Tap:
   def tap(params: Any, batch: Batch) -> jax.Array:
     return activations_at(parameters.merge(graphdef, params), TapInputs.of(batch), layer)
 
-  return lambda batch: tap(params, {name: batch[name] for name in _TAP_FIELDS if name in batch})
+  # Training runs within its mesh, and parameters elsewhere cannot be read there: each mesh has a copy.
+  @functools.cache
+  def params_on(mesh: jax.sharding.Mesh) -> Any:
+    return params if mesh.empty else jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+
+  def read(batch: Batch) -> jax.Array:
+    inputs = {name: batch[name] for name in _TAP_FIELDS if name in batch}
+    return tap(params_on(jax.sharding.get_mesh()), inputs)
+
+  return read
 
 
 class ActivationBatches(grain.IterDataset):

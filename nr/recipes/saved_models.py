@@ -4,8 +4,10 @@ import json
 import pathlib
 from typing import Any
 
+from nr.models.lora import LoraSpec
 from nr.recipes.stages import Artifact, StageContext
 from nr.training import trees
+from nr.training.adapter_files import save_adapter
 from nr.training.model_files import save_model
 
 
@@ -38,3 +40,24 @@ def keep_model(
     "params": trees.count(params),
     "summary": json.loads(json.dumps(summary or {}, default=float)),
   }
+
+
+def keep_adapter(
+  context: StageContext, directory: pathlib.Path, lora: LoraSpec | None, trained: Any, base: str | None
+) -> Artifact:
+  """Saves an adapter in `directory`/adapter, for `python -m nr.generate --adapter`.
+
+  Args:
+    context: of the stage.
+    directory: of the model, where its training wrote.
+    lora: settings of the adapter; None: all of the model was trained, and nothing is saved.
+    trained: what was trained.
+    base: hash of the parameters under it.
+
+  Returns:
+    adapter (path in the run), or nothing.
+  """
+  if lora is None:
+    return {}
+  save_adapter(directory / "adapter", lora, trained, base)
+  return {"adapter": context.relative(directory / "adapter")}

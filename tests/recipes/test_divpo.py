@@ -15,6 +15,7 @@ from nr.recipes.divpo import checks, settings
 from nr.recipes.divpo.evaluate import Drawn, measure, winrate
 from nr.recipes.divpo.pairs import SelectionSpec, make_pairs, pool_rewards
 from nr.recipes.divpo.personas import JsonPersonas, PersonaWorld, ShortAnswers
+from nr.recipes.divpo.report import of_steps
 from nr.recipes.stages import read_manifest
 
 WORLD = PersonaWorld(num_values=5)
@@ -197,6 +198,21 @@ def test_a_checkpoint_that_is_not_there_is_named():
 def test_winrates_count_ties_half_and_skip_what_has_no_score():
   assert winrate(np.array([1.0, 0, 1, np.nan]), np.array([0.0, 0, 1, 1])) == pytest.approx(2 / 3)
   assert winrate(np.array([np.nan]), np.array([0.0])) is None
+
+
+def test_seconds_of_a_step_are_parted():
+  config = get_config("tiny")
+  config.arms.divpo_online.steps_per_round = 2
+
+  def parted(arm, step_seconds, *seconds):
+    rounds = [{"seconds": each} for each in seconds]
+    return of_steps(config, {"arm": arm, "rounds": rounds, "summary": step_seconds})
+
+  # The first round compiles, and one that an earlier attempt drew has no time.
+  found = parted("divpo_online", {"step_seconds": 10.0}, 99.0, 4.0, None, 8.0)
+  assert found == {"step": 10.0, "sampling": 3.0, "training": 7.0}
+  assert parted("divpo_offline", {"step_seconds": 10.0}, 99.0)["training"] == 10.0
+  assert parted("divpo_online", {}, 1.0, 1.0) == {"step": None, "sampling": None, "training": None}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

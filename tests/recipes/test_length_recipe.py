@@ -12,6 +12,7 @@ from nr import main
 from nr.data.pools import Pool, PoolSample, read_pools
 from nr.data.preferences import read_pairs
 from nr.evaluation.reports import interval_cell
+from nr.generators.checkpoints import open_checkpoint
 from nr.recipes import length_instruct
 from nr.recipes.length_instruct import report, sampled_pairs, settings
 from nr.recipes.length_instruct.benchmarks import Outcome, by_case, intervals
@@ -422,6 +423,12 @@ def test_a_checkpoint_makes_its_own_pairs_and_trains_an_adapter(finished, tmp_pa
     for (name, before), after in zip(leaves(base.params), leaves(trained.params, names=False), strict=True)
   }
   assert {name for name, is_moved in moved.items() if is_moved} == {n for n in moved if "kernel" in n}
+  own = run / artifacts["base"]["models"]["0"]["model"]
+  adapter = run / artifacts["arms"]["runs"]["lift_seed0"]["adapter"]
+  opened = open_checkpoint(own, adapter=adapter).network.params
+  for (name, merged), kept in zip(leaves(opened), leaves(trained.params, names=False), strict=True):
+    # One layer, stacked or not.
+    np.testing.assert_allclose(np.reshape(merged, np.shape(kept)), kept, atol=1e-6, err_msg=name)
 
   content = json.loads((run / "report.json").read_text())
   assert content["arms"] == ["sft", "dpo", "lift"]

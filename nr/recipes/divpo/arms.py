@@ -8,10 +8,10 @@ from nr.recipes.divpo import settings
 from nr.recipes.divpo.pairs import make_pairs, pool_rewards
 from nr.recipes.divpo.personas import Task
 from nr.recipes.languages import Language
-from nr.recipes.policies import make_policy, reference_kind, whole_params
+from nr.recipes.policies import adapter_spec, make_policy, reference_kind, whole_params
 from nr.recipes.round_examples import groups_of, pairs_of
 from nr.recipes.sampling_rounds import RoundBatches, read_notes
-from nr.recipes.saved_models import keep_model
+from nr.recipes.saved_models import keep_adapter, keep_model
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.group_relative import group_relative_method
 from nr.training.loop import train
@@ -57,7 +57,8 @@ def _train(context: StageContext, language: Language, arm: str, seed: int) -> Ar
   result = train(training, method, rounds, workdir=directory, metadata={"arm": arm})
   params = whole_params(config, policy, result.state.params)
   kept = keep_model(context, directory, base.spec, params, language.tokenizer.fingerprint, result.summary)
-  return {**kept, "rounds": read_notes(directory / "rounds")}
+  adapter = keep_adapter(context, directory, adapter_spec(config), result.state.params, base.fingerprint)
+  return {**kept, **adapter, "rounds": read_notes(directory / "rounds")}
 
 
 def _learning(config: Any, arm: str, policy: Policy, task: Task, seed: int) -> tuple[Method, Callable]:

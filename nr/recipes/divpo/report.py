@@ -82,7 +82,7 @@ def gather(context: StageContext) -> dict[str, Any]:
     "checks": checks(values),
     "training": {name: last_row(context, each) for name, each in inputs["arms"]["runs"].items()},
     "rounds": {name: of_rounds(each["rounds"]) for name, each in inputs["arms"]["runs"].items()},
-    "step_seconds": {name: of_steps(each["summary"]) for name, each in inputs["arms"]["runs"].items()},
+    "step_seconds": {name: of_steps(config, each) for name, each in inputs["arms"]["runs"].items()},
     "runs": measured["runs"],
     "environment": environment(),
     "seconds": {
@@ -132,16 +132,20 @@ def last_row(context: StageContext, trained: Mapping[str, Any]) -> dict[str, flo
   return {field: row[field] for row in rows for field in TRAINING if field in row}
 
 
-def of_steps(summary: Mapping[str, Any]) -> dict[str, float | None]:
+def of_steps(config: Any, trained: Mapping[str, Any]) -> dict[str, float | None]:
   """Returns the seconds of a step, and of them those of sampling with scoring and of training.
 
-  Means over the steps of the last process behind its first one, which compiles; None with no further step.
+  Means over the steps behind the first one, which compiles; offline all sampling is done before it.
+  None where the last process did no further step.
   """
-  whole, waited = (summary.get(name) for name in ("step_seconds", "input_wait_seconds"))
+  whole, rounds = trained["summary"].get("step_seconds"), trained["rounds"]
+  later = [row["seconds"] for row in rounds[1:] if row["seconds"] is not None]
+  per_round = config.arms[trained["arm"]].steps_per_round
+  sampling = float(np.mean(later)) / per_round if later else 0.0
   return {
     "step": whole,
-    "sampling": waited,
-    "training": None if whole is None else whole - waited,
+    "sampling": None if whole is None else sampling,
+    "training": None if whole is None else whole - sampling,
   }
 
 

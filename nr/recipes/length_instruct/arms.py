@@ -7,8 +7,8 @@ from nr.data.examples import encode_pairs
 from nr.data.preferences import read_pairs
 from nr.recipes.languages import Language
 from nr.recipes.length_instruct import augmentation, settings
-from nr.recipes.policies import make_policy, reference_kind, whole_params
-from nr.recipes.saved_models import keep_model
+from nr.recipes.policies import adapter_spec, make_policy, reference_kind, whole_params
+from nr.recipes.saved_models import keep_adapter, keep_model
 from nr.recipes.sections import training_config
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.loop import train
@@ -35,7 +35,8 @@ def run_name(arm: str, seed: int) -> str:
 
 def _train(context: StageContext, language: Language, arm: str, seed: int, pairs: list) -> Artifact:
   config, directory = context.config, context.directory / run_name(arm, seed)
-  spec, params = settings.open_model(context, context.inputs["base"]["models"][str(seed)])
+  base = context.inputs["base"]["models"][str(seed)]
+  spec, params = settings.open_model(context, base)
   policy = make_policy(config, spec, params, seed)
   method = preference_method(
     policy,
@@ -52,5 +53,7 @@ def _train(context: StageContext, language: Language, arm: str, seed: int, pairs
   result = train(training, method, batches, workdir=directory, metadata={"arm": arm})
   params = whole_params(config, policy, result.state.params)
   kept = keep_model(context, directory, spec, params, language.tokenizer.fingerprint, result.summary)
+  trained = result.state.params
+  adapter = keep_adapter(context, directory, adapter_spec(config), trained, base["fingerprint"])
   left_out = {reason: len(ids) for reason, ids in encoded.report.dropped.items()}
-  return {**kept, "pairs": encoded.report.kept, "left_out": left_out, "mix": config.arms[arm].mix}
+  return {**kept, **adapter, "pairs": encoded.report.kept, "left_out": left_out, "mix": config.arms[arm].mix}

@@ -256,13 +256,17 @@ def _our_tokenizer(folder: pathlib.Path, fingerprint: str, given: Any) -> Any:
 
 
 def tokenizer_folders(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the tokenizer folders of the run that a model folder belongs to, nearest first."""
+  """Returns the tokenizer folders of the run that a model folder belongs to, nearest first.
+
+  The run is the nearest folder above that holds a manifest; without one only the folder itself is looked into,
+  since what lies beside it may belong to anybody.
+  """
   from nr.tokenizer_files import SETTINGS_FILE
 
+  parents = (folder, *folder.absolute().parents[:5])
+  run = next((depth for depth, parent in enumerate(parents) if (parent / MANIFEST).is_file()), 0)
   found = []
-  for parent in (folder, *folder.absolute().parents[:5]):
+  for parent in parents[: run + 1]:
     found += [path.parent for path in sorted(parent.glob(f"*/*/{SETTINGS_FILE}"))]
     found += [path.parent for path in sorted(parent.glob(f"*/{SETTINGS_FILE}"))]
-    if (parent / MANIFEST).is_file():
-      break
   return list(dict.fromkeys(found))

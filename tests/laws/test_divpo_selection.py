@@ -227,16 +227,18 @@ def quality_tables(seeds=6, answers=60):
 @pytest.mark.parametrize("is_offline", [False, True])
 def test_c6_rho_trades_quality_for_diversity(is_offline):
   logits, quality = quality_tables()
-  settings = dict(steps=150, rate=2.0, noise=0.3, is_offline=is_offline)
+  settings = dict(rate=2.0, noise=0.3, is_offline=is_offline)
 
-  def outcomes(select, *rhos):
-    p = learn(logits, quality, select, rhos=rhos, **settings)
+  def outcomes(select, *rhos, steps=150):
+    p = learn(logits, quality, select, rhos=rhos, steps=steps, **settings)
     return np.stack([entropies(p), (p * quality).sum(axis=-1)], axis=-1).mean(axis=1)
 
   found = outcomes(range_rule, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
   assert (np.diff(found[:, 0]) > 0).all()
   assert found[0, 1] > found[3, 1] > found[5, 1]
-  np.testing.assert_allclose(outcomes(ARMS["dpo"], 0.0)[0], found[0], atol=1e-6)
+  # With rho 0 it is DPO. Few steps: a draw that rounding turns over makes two long runs part.
+  same = outcomes(ARMS["dpo"], 0.0, steps=15), outcomes(range_rule, 0.0, steps=15)
+  np.testing.assert_allclose(*same, atol=1e-6)
   np.testing.assert_allclose(outcomes(count_rule, 0.25)[0], found[3], atol=0.2)
 
 

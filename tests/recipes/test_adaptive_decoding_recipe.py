@@ -275,7 +275,8 @@ def test_method_suite(variant, level, is_cached, tmp_path):
   spec = LatentPreferenceSpec(variant, level, beta=0.5)
   name = f"latent_preference_{level}" if is_cached else None
   batch = batch_of(spec, tmp_path / "features" if is_cached else None)
-  method_suite.check_all(method_of(spec, is_cached), batch, tmp_path, golden=name)
+  # A head that prefers nothing yet ranks all pairs alike, but for rounding.
+  method_suite.check_all(method_of(spec, is_cached), batch, tmp_path, golden=name, ties=("accuracy", "margin"))
 
 
 @pytest.mark.parametrize("level", ("sequence", "token"))

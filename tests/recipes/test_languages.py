@@ -74,8 +74,11 @@ def test_plain_text_and_templates_that_are_not_there(tmp_path):
   ids = [tokenizer.end_of_text_id, *tokenizer.encode("Say")]
   assert plain.format.encode_prompt("Say") == again.format.encode_prompt("Say") == ids
   assert plain_language(tokenizer).end_ids == (tokenizer.end_of_text_id,)
+  alone = tmp_path / "models" / "alone"
+  alone.mkdir(parents=True)
+  shutil.copytree(GOLDEN, tmp_path / "models" / "neighbour" / "tokenizer")  # of no run that the model belongs to
   with pytest.raises(DataError, match="holds no chat template; name a built-in one"):
-    checkpoint_language(opened(tmp_path, tokenizer), "own")
+    checkpoint_language(opened(alone, tokenizer), "own")
 
 
 def test_the_template_inside_a_gguf_file(tmp_path):

@@ -465,7 +465,7 @@ def test_dpo_breaks_limits_and_lift_follows_them(tmp_path):
     data__prompts_per_topic=160, data__max_length=12, train__steps=500, train__batch_size=32,
     arms__r_dpo_small__mix="", arms__r_dpo_large__mix="", arms__lift_no_nll__mix="", arms__lift_augmented_only__mix="",
     evaluate__limits=(2, 3, 4, 5, 6), evaluate__scales=(), evaluate__answers_per_limit=12,
-    evaluate__answers_without_limit=40, evaluate__cases_per_topic=16,
+    evaluate__answers_without_limit=200, evaluate__cases_per_topic=16,
   )  # fmt: skip
   main.run(config, tmp_path)
   table = json.loads((tmp_path / "report.json").read_text())["table"]
@@ -474,5 +474,5 @@ def test_dpo_breaks_limits_and_lift_follows_them(tmp_path):
   assert violation["lift"] + 0.1 < violation["sft"] < violation["dpo"] - 0.05
   broken = {arm: row["benchmark_violation"]["estimate"] for arm, row in table.items()}
   assert broken["lift"] + 0.1 < broken["dpo"]
-  # The bias towards length that DPO learns.
-  assert table["dpo"]["free_words"]["estimate"] > table["sft"]["free_words"]["estimate"] + 0.5
+  # The bias towards length that DPO learns: of 600 answers an arm, two standard errors of a difference are 0.2.
+  assert table["dpo"]["free_words"]["estimate"] > table["sft"]["free_words"]["estimate"] + 0.2

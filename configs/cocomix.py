@@ -6,6 +6,9 @@ Variants:
   tiny        the offline experiment: real text, two CPU cores, a few minutes
   seeds       tiny with three seeds of each student and their paired difference
   ablations   tiny with an arm for every comparison of the paper, and for some that it does not make
+  sample_efficiency
+              tiny with five seeds of the baselines and of two signs of the labels, at equal tokens and equal FLOPs;
+              benchmarks/sample_efficiency.py reads what it leaves
   miniature   every stage in seconds on very little text, for tests; its numbers mean nothing
   small_gpu   a student of the paper's smallest size on what text is at hand, an hour on one large GPU (ours)
   paper_69m, paper_386m, paper_1b
@@ -13,7 +16,7 @@ Variants:
   paper_69m_ablations
               the comparisons of the paper's section 3.3 at its smallest size
 
-Sizes of the first five are ours, chosen for the machine; the shape of the experiment (tap in
+Sizes of the first six are ours, chosen for the machine; the shape of the experiment (tap in
 the middle of the teacher, insertion in the lower half, k of the student equal to
 k of the autoencoder, 4 labels a token, loss weight 0.1) is the paper's. An arm is a student: what it inserts
 (`concept.mode`), what it learns from (`labels`, `kd_weight`), its model; every arm sees the same batches, and is
@@ -28,7 +31,16 @@ from nr.recipes.sections import model_section
 from nr.training.defaults import training_section
 
 PAPERS = ("paper_69m", "paper_386m", "paper_1b")
-VARIANTS = ("tiny", "seeds", "ablations", "miniature", "small_gpu", *PAPERS, "paper_69m_ablations")
+VARIANTS = (
+  "tiny",
+  "seeds",
+  "ablations",
+  "sample_efficiency",
+  "miniature",
+  "small_gpu",
+  *PAPERS,
+  "paper_69m_ablations",
+)
 
 
 def get_config(variant: str = "tiny") -> ConfigDict:
@@ -76,6 +88,8 @@ def get_config(variant: str = "tiny") -> ConfigDict:
   if variant == "ablations":
     config.students = _students(_ablation_arms(96, 100, insert_at=2, top_k=16, **_TINY))
     config.targets.variants = _label_variants()
+  if variant == "sample_efficiency":
+    _make_sample_efficiency(config)
   if variant == "miniature":
     _make_miniature(config)
   if variant == "small_gpu":
@@ -358,6 +372,24 @@ def _language_modeltraining_section() -> ConfigDict:
     checkpoint__best_metric="validation/loss",
     log_every=10,
   )
+
+
+def _make_sample_efficiency(config: ConfigDict) -> None:
+  """Changes the config to the study of what CoCoMix gains a token and a FLOP.
+
+  The baseline also trains for longer, each run with a schedule of its own length: at 1.233 times its FLOPs, which
+  CoCoMix spends in as many steps as the baseline has, and at 1.364 times, which distillation spends.
+  """
+  arms = _ablation_arms(96, 100, insert_at=2, top_k=16, **_TINY)
+  names_kept = ("ntp", "cocomix", "ntp_same_width", "kd", "pause", "negated")
+  longer = {
+    f"ntp_{steps}_steps": _arm(model_section(family="gpt2", model_dim=100, **_TINY), "none", steps=steps)
+    for steps in (296, 327)
+  }
+  config.students = _students({**{name: arms[name] for name in names_kept}, **longer})
+  config.students.seeds = (0, 1, 2, 3, 4)
+  config.students.train.eval_every = 24
+  config.targets.variants = {"negated": {"sign": "negated"}}
 
 
 def _make_miniature(config: ConfigDict) -> None:

@@ -338,19 +338,27 @@ def _ablation_arms(model_dim: int, baseline_dim: int, *, insert_at: int, top_k: 
 
 
 def _steer() -> ConfigDict:
-  """Returns what is listed, forced and measured."""
+  """Returns which concepts are named, which are steered, how, and what is measured of it (all ours)."""
   return ConfigDict(
     {
       "arm": "",  # whose concepts are steered; "": the first arm whose concepts reach the stream
-      "num_concepts": 3,  # concepts swept
-      "table_concepts": 20,  # concepts listed with their contexts
+      "concepts": (),  # swept, by number; (): the num_concepts that are most often labels
+      "num_concepts": 4,
+      "table_concepts": 20,  # concepts listed with what names them
       "contexts": 5,  # contexts listed for each
       "max_windows": 512,  # validation windows searched for contexts; 0: all
-      "max_density": 0.1,  # concepts that fire on more of the tokens are not swept
+      "max_density": 0.05,  # concepts that fire on more of the tokens are not swept
       "context_tokens": 12,  # tokens to the left and right of an activation
+      # A mode of nr.models.concept_intervention, or force_reference: strengths in units of the largest
+      # coefficient that the concept had on the validation windows (of the largest activation, in the teacher).
       "mode": "force",
-      "strengths": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
-      "prompts": 16,
+      "strengths": (-2.0, 0.0, 1.0, 2.0, 4.0, 8.0),
+      # Words that tell that a text is about a concept: of those that distinctively follow its firings so many, or,
+      # by the concept's number as text, regular expressions of your own.
+      "num_keywords": 8,
+      "keywords": {},
+      "top_tokens": 20,  # most promoted tokens in which student and teacher are compared
+      "prompts": 24,
       "prompt_tokens": 32,
       "new_tokens": 32,
       "temperature": 0.8,

@@ -50,6 +50,30 @@ def plot_curves(
   _save(figure, path)
 
 
+def plot_bands(
+  path: pathlib.Path,
+  curves: Mapping[str, tuple[Sequence[float], Sequence[Interval]]],
+  *,
+  title: str,
+  x_label: str,
+  y_label: str,
+) -> None:
+  """Draws lines with their intervals as bands; curves without points are left out, infinite bounds not drawn."""
+  figure, axes = _figure(title, x_label, y_label)
+  drawn = {name: curve for name, curve in curves.items() if len(curve[0])}
+  for name, (x, values) in drawn.items():
+    (line,) = axes.plot(
+      x, [value.estimate for value in values], label=name, linewidth=1.4, marker="o", markersize=3
+    )
+    low, high = (np.array([value[bound] for value in values], np.float64) for bound in (1, 2))
+    axes.fill_between(
+      x, low, high, where=np.isfinite(low) & np.isfinite(high), color=line.get_color(), alpha=0.15
+    )
+  if len(drawn) > 1:
+    axes.legend(frameon=False)
+  _save(figure, path)
+
+
 def plot_intervals(path: pathlib.Path, values: Mapping[str, Interval], *, title: str, y_label: str) -> None:
   """Draws one bar a system with its confidence interval as an error bar."""
   figure, axes = _figure(title, "", y_label)

@@ -34,6 +34,11 @@ def interval_cell(interval: Mapping[str, float | None] | None, digits: int = 2) 
   return f"{text} ({bounds[0]:.{digits}f} to {bounds[1]:.{digits}f})"
 
 
+def inline(text: str) -> str:
+  """Makes generated text safe inside a code span: one line, no back-ticks."""
+  return " ".join(text.replace("`", "'").split())
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   """Returns a Markdown table; cells that would break it are escaped."""
 

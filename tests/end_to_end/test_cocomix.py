@@ -10,7 +10,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+
+from nr.recipes.cocomix.steering.open_run import open_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -48,7 +51,7 @@ def test_the_report_has_every_number(finished):
     "sae": {"fvu", "l0", "dead_fraction", "delta_ce", "loss_recovered"},
     "labels": {"mean_positive", "coverage"},
     "students": {"ntp", "cocomix"},
-    "steering": {"mode", "concepts", "sweeps"},
+    "steering": {"mode", "concepts", "compression", "sweeps", "overall", "texts"},
     "environment": {"versions", "device", "commit"},
     "seconds": {"tokenizer", "teacher", "sae", "labels", "students", "evaluate", "steer"},
   }
@@ -78,6 +81,44 @@ def test_the_report_has_every_number(finished):
 
 
 @pytest.mark.slow
+def test_steering_is_measured_beside_its_controls(finished):
+  steering = json.loads((finished / "report.json").read_text())["steering"]
+  lines = [json.loads(line) for line in (finished / steering["texts"]).read_text().splitlines()]
+  assert {line["subject"] for line in lines} == {"student", "control", "teacher"}
+  assert len(lines) == 3 * 2 * 3 * 4  # subjects, concepts, strengths (one of them no edit), prompts
+  frequency = {row["concept"]: row["firing_frequency"] for row in steering["concepts"]}
+  for swept in steering["sweeps"]:
+    assert swept["unedited_difference"] < 1e-6  # editing nowhere is not steering
+    assert swept["control"] not in [each["concept"] for each in steering["sweeps"]]
+    for kind in ("points", "control_points", "teacher_points"):
+      unedited, *steered = swept[kind]
+      assert unedited["strength"] is None and unedited["latent_gain"]["estimate"] == 0
+      assert all(point["kl"]["low"] > 0 for point in steered)
+    for row in swept["agreement"]:
+      assert -1 <= row["rank_correlation"]["estimate"] <= 1
+    assert 0 < frequency[swept["concept"]] <= 1
+  assert [row["strength"] for row in steering["overall"]] == [0.0, 4.0]
+  assert steering["compression"]["norm_left_by_decay_alone"] < steering["compression"]["initial_norm"]
+
+
+@pytest.mark.slow
+def test_a_finished_run_can_be_opened_and_read(finished):
+  opened = open_run(finished)
+  text = next(piece for piece in opened.validation_texts(tokens=16, count=50) if piece.isascii())
+  seen = opened.read(text)
+  assert "".join(seen.tokens_L) == text
+  assert seen.latents_LC.shape == seen.logits_LC.shape == (len(seen.tokens_L), opened.num_concepts)
+  assert (seen.is_selected_LC.sum(1) == 8).all() and ((seen.latents_LC > 0).sum(1) <= 8).all()
+  # What the student selects are its largest logits.
+  chosen = np.where(seen.is_selected_LC, seen.logits_LC, np.inf).min(1)
+  assert (chosen >= np.where(seen.is_selected_LC, -np.inf, seen.logits_LC).max(1)).all()
+  for side, values in (("teacher", seen.latents_LC), ("student", seen.logits_LC)):
+    np.testing.assert_allclose(opened.features([text], side)[0], values.max(0), atol=1e-5)
+  with pytest.raises(ValueError, match="give 1 to 32"):
+    opened.read("")
+
+
+@pytest.mark.slow
 def test_all_losses_fell(finished):
   for folder, metric in (
     ("teacher", "next_token_loss"),
@@ -101,7 +142,15 @@ def test_both_students_saw_the_same_number_of_tokens(finished):
 def test_the_report_is_readable_and_its_plots_exist(finished):
   text = (finished / "report.md").read_text()
   assert "one small run decides nothing" in text
-  for name in ("perplexity", "language_models", "sae_density", "steering_kl", "steering_continuation_ppl"):
+  names = (
+    "perplexity",
+    "language_models",
+    "sae_density",
+    "steering_kl",
+    "steering_latent",
+    "steering_agreement",
+  )
+  for name in names:
     assert f"plots/{name}.png" in text
     assert (finished / "plots" / f"{name}.png").stat().st_size > 5_000
 

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nr.models.concept_intervention import concept_intervention, edit_logits, edit_selection
+from nr.models.concept_intervention import (
+  InterventionMode,
+  concept_intervention,
+  edit_logits,
+  edit_selection,
+)
 from nr.models.top_k import top_k
 
 #                 0    1    2     3    4
@@ -70,3 +75,48 @@ def test_ablating_more_than_is_left_empties_places():
 def test_bad_arguments_are_named(arguments, message):
   with pytest.raises(ValueError, match=message):
     concept_intervention(*arguments, num_concepts=5)
+
+
+def _by_definition(z_C, k, mode, concept, value):
+  """The selection that a mode's definition asks for, as {concept: coefficient}, written without arrays."""
+  z = dict(enumerate(map(float, z_C)))
+  before = {
+    "scale_pre": z[concept] * value,
+    "set": value,
+    "add": z[concept] + value,
+    "ablate_pre": -np.inf,
+  }
+  z[concept] = before.get(mode, z[concept])
+  chosen = sorted(z, key=lambda each: (-z[each], each))[:k]
+  selected = {each: z[each] for each in chosen}
+  if mode == "scale_post" and concept in selected:
+    selected[concept] *= value
+  if mode == "ablate_post":
+    selected.pop(concept, None)
+  if mode in ("force", "force_value"):
+    forced = value * max(selected.values()) if mode == "force" else value
+    if concept not in selected:
+      del selected[chosen[-1]]
+    selected[concept] = forced
+  return selected
+
+
+@pytest.mark.parametrize("mode", [mode.name.lower() for mode in InterventionMode])
+def test_27_every_mode_is_its_definition_on_random_logits(mode):
+  """All modes, selected and unselected concepts, strengths of both signs; the order is that of definition."""
+  random, k, num_concepts = np.random.default_rng(0), 4, 12
+  z_NC = random.normal(size=(40, num_concepts)).astype(np.float32)
+  concept_N, value_N = random.integers(0, num_concepts, 40), random.choice([-3.0, -0.5, 0.0, 1.0, 2.5], 40)
+  edit = concept_intervention([0], mode, num_concepts=num_concepts)
+  edit = edit._replace(
+    concepts_S=jnp.asarray(concept_N)[:, None],
+    modes_S=jnp.full((40, 1), edit.modes_S[0]),
+    values_S=jnp.asarray(value_N, jnp.float32)[:, None],
+  )
+  values, indices = edit_selection(*top_k(edit_logits(z_NC[:, None], edit), k), edit)
+  for row, (z_C, concept, value) in enumerate(zip(z_NC, concept_N, value_N)):
+    expected = _by_definition(z_C, k, mode, int(concept), float(value))
+    found = {int(i): float(v) for i, v in zip(indices[row, 0], values[row, 0]) if i >= 0}
+    assert found.keys() == expected.keys()
+    for each in expected:
+      assert found[each] == pytest.approx(expected[each], rel=1e-6)

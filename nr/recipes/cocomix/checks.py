@@ -16,6 +16,7 @@ from nr.recipes.cocomix import autoencoder as autoencoder_stage
 from nr.recipes.cocomix import corpus, settings
 from nr.recipes.cocomix import teacher as teacher_stage
 from nr.recipes.cocomix.method import sparse_autoencoder_method
+from nr.recipes.cocomix.steering.protocol import REFERENCE_MODE
 from nr.recipes.cocomix.students import arm_method, arm_training
 from nr.recipes.sections import transformer_spec
 from nr.training import defaults, sharding
@@ -156,8 +157,18 @@ def _check_steering(config: Any) -> None:
       f"steer.prompt_tokens + steer.new_tokens = {steer.prompt_tokens + steer.new_tokens} is more than "
       f"window.length={config.window.length}, the positions the students know; shorten one of them"
     )
-  modes = [mode.name.lower() for mode in InterventionMode]
+  modes = [*(mode.name.lower() for mode in InterventionMode), REFERENCE_MODE]
   if steer.mode not in modes:
     raise ValueError(names.unknown("steer.mode", steer.mode, modes))
   if len(steer.strengths) < 2:
     raise ValueError(f"steer.strengths={steer.strengths} needs at least two values to sweep")
+  outside = [concept for concept in steer.concepts if not 0 <= concept < config.sae.num_latents]
+  if outside:
+    raise ValueError(
+      f"steer.concepts={tuple(steer.concepts)}: {outside} are outside 0..{config.sae.num_latents - 1}, "
+      "the latents of sae"
+    )
+  if not steer.concepts and steer.num_concepts < 1:
+    raise ValueError("steer.num_concepts=0 and steer.concepts=(): name a concept, or ask for at least one")
+  if steer.prompts < 2:
+    raise ValueError(f"steer.prompts={steer.prompts}: intervals need at least 2")

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from nr.data.token_dataset import TokenDataset
 from nr.data.tokenizers import Tokenizer
-from nr.data.windows import ordered_batches
+from nr.data.windows import WindowSource, ordered_batches
 from nr.models import parameters
 from nr.models.residual_tap import TapInputs, activations_at
 from nr.recipes.cocomix import language_model
@@ -37,6 +37,29 @@ class Firings(NamedTuple):
     """Fraction of tokens on which each latent fires."""
     return np.diff(self.starts) / self.tokens
 
+  def of(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the places of a latent's firings and their values, strongest first."""
+    rows = slice(self.starts[latent], self.starts[latent + 1])
+    return self.places[rows], self.values[rows]
+
+  def largest(self, latent: int) -> float:
+    """Returns a latent's strongest activation, 0 where it never fires."""
+    values = self.of(latent)[1]
+    return float(values[0]) if len(values) else 0.0
+
+  def pieces(self, latent: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts the text that was read into pieces of `length` tokens.
+
+    Returns:
+      The first places of the pieces in which a latent fires, and of those in which it never does.
+    """
+    count = self.tokens // length
+    has_fired = np.zeros(count, bool)
+    numbers = self.of(latent)[0] // length
+    has_fired[numbers[numbers < count]] = True
+    starts = np.arange(count) * length
+    return starts[has_fired], starts[~has_fired]
+
   def strongest(self, latent: int, count: int, apart: int) -> list[tuple[int, float]]:
     """Returns up to `count` (place, value) of a latent, no two within `apart` tokens."""
     found: list[tuple[int, float]] = []
@@ -53,9 +76,8 @@ def find_firings(
   context: StageContext, teacher: Model, autoencoder: Model, layer: int, batch_size: int, max_windows: int
 ) -> Firings:
   """Runs teacher and autoencoder over the first `max_windows` validation windows (0: all)."""
-  source = language_model.window_source(context, "validation")
-  count = len(source) if not max_windows else min(max_windows, len(source))
-  batches = ordered_batches(_First(source, count), batch_size)
+  source = first_windows(language_model.window_source(context, "validation"), max_windows)
+  batches, count = ordered_batches(source, batch_size), len(source)
 
   @jax.jit
   def encode(teacher_params: Any, autoencoder_params: Any, batch: Any) -> Any:
@@ -83,11 +105,16 @@ def find_firings(
   return Firings(latent[order], value[order], place[order], starts, count * source.length)
 
 
+def first_windows(source: WindowSource, count: int) -> "_First":
+  """Returns the first `count` windows of a source (0: all), as a source."""
+  return _First(source, min(count, len(source)) if count else len(source))
+
+
 class _First:
   """The first elements of a source."""
 
-  def __init__(self, source: Any, count: int):
-    self._source, self._count = source, count
+  def __init__(self, source: WindowSource, count: int):
+    self._source, self._count, self.length = source, count, source.length
 
   def __len__(self) -> int:
     return self._count

@@ -7,6 +7,7 @@ import numpy as np
 from nr.evaluation import plots
 from nr.evaluation.statistics import Interval
 from nr.recipes.cocomix import report_text
+from nr.recipes.cocomix.steering import page
 from nr.recipes.cocomix.students import run_name
 from nr.recipes.environment import environment
 from nr.recipes.stages import Artifact, StageContext, read_manifest, write_json
@@ -92,7 +93,7 @@ def draw(context: StageContext, report: dict[str, Any]) -> list[str]:
   if "sae" in context.inputs:
     draw_autoencoder(context)
   if "steering" in report:
-    draw_steering(folder, report["steering"]["sweeps"])
+    page.draw(folder, report["steering"])
   return sorted(context.relative(path) for path in folder.glob("*.png"))
 
 
@@ -140,19 +141,6 @@ def draw_autoencoder(context: StageContext) -> None:
     x_label="log10 fraction of tokens",
     y_label="latents",
   )
-
-
-def draw_steering(folder: Any, sweeps: list[dict[str, Any]]) -> None:
-  """Draws cost against strength, a line a concept."""
-  for field, title, label in (
-    ("kl", "Steering moves the next-token distribution", "KL from unsteered, nats"),
-    ("continuation_ppl", "Continuations under the baseline", "perplexity"),
-  ):
-    lines = {}
-    for swept in sweeps:
-      points = [point for point in swept["points"] if point["strength"] is not None]
-      lines[f"concept {swept['concept']}"] = ([p["strength"] for p in points], [p[field] for p in points])
-    plots.plot_curves(folder / f"steering_{field}.png", lines, title=title, x_label="strength", y_label=label)
 
 
 def curve(context: StageContext, artifact: Artifact, metric: str) -> tuple[list[float], list[float]]:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from nr.evaluation.reports import number, table
+from nr.evaluation.reports import table
+from nr.recipes.cocomix.steering import page
 
 NAMES = {"ntp": "next-token baseline", "cocomix": "CoCoMix"}
 """Of arms that have a name of their own in the text."""
@@ -29,8 +30,8 @@ def render(report: dict[str, Any]) -> str:
     sections += [] if "checkpoint" in report["sae"] else ["![autoencoder](plots/sae.png)"]
     sections += ["![density](plots/sae_density.png)"]
   if "steering" in report:
-    sections += ["## Concepts", concepts(report["steering"]["concepts"])]
-    sections += ["## Steering", steering(report["steering"])]
+    sections += ["## Concepts", page.concepts(report["steering"])]
+    sections += ["## Steering", page.steering(report["steering"])]
   return "\n\n".join([*sections, "## Run", run(report)]) + "\n"
 
 
@@ -183,44 +184,6 @@ def upstream(report: dict[str, Any]) -> str:
   return table(["quantity", "value"], rows)
 
 
-def concepts(rows: list[dict[str, Any]]) -> str:
-  """Returns the table of the most used concepts with their strongest contexts."""
-  cells = []
-  for row in rows:
-    texts = " <br> ".join(f"`{inline(context['text'])}`" for context in row["contexts"])
-    cells.append([str(row["concept"]), row["label_count"], f"{row['firing_frequency']:.2%}", texts])
-  return table(
-    ["concept", "times a label", "fires on", "strongest validation contexts (token in « »)"], cells
-  )
-
-
-def steering(result: dict[str, Any]) -> str:
-  """Returns the sweeps, what each concept promotes, and samples."""
-  parts = [
-    f"Arm `{result['arm']}`, mode `{result['mode']}`; KL of the next-token distribution from the unsteered one and "
-    "perplexity of the continuation under the baseline, means over prompts with 95 % bootstrap intervals.",
-    "![KL](plots/steering_kl.png)\n\n![perplexity](plots/steering_continuation_ppl.png)",
-  ]
-  for swept in result["sweeps"]:
-    rows = [
-      [
-        "none" if point["strength"] is None else point["strength"],
-        interval(point["kl"], point["kl_ci95"]),
-        interval(point["continuation_ppl"], point["continuation_ppl_ci95"]),
-      ]
-      for point in swept["points"]
-    ]
-    tokens = ", ".join(f"`{inline(token)}`" for token in swept["promoted_tokens"])
-    samples = "\n".join(
-      f"- strength {'none' if sample['strength'] is None else number(sample['strength'])}: `{inline(sample['text'])}`"
-      for sample in swept["samples"]
-    )
-    parts.append(f"### Concept {swept['concept']}\n\nPromotes most at the largest strength: {tokens}")
-    parts.append(table(["strength", "KL, nats", "perplexity of the continuation"], rows))
-    parts.append(f"Prompt `{inline(result['prompts'][0])}` continues as\n\n{samples}")
-  return "\n\n".join(parts)
-
-
 def run(report: dict[str, Any]) -> str:
   """Returns where and how long it ran."""
   place = report["environment"]
@@ -228,13 +191,3 @@ def run(report: dict[str, Any]) -> str:
   packages = ", ".join(f"{name} {version}" for name, version in place["versions"].items())
   commit = f", commit `{place['commit'][:12]}`" if place["commit"] else ""
   return f"{place['devices']} x {place['device']}, Python {place['python']}, {packages}{commit}.\n\n{seconds}"
-
-
-def interval(value: float, bounds: list[float]) -> str:
-  """Formats a value with its interval."""
-  return f"{number(value)} ({number(bounds[0])} to {number(bounds[1])})"
-
-
-def inline(text: str) -> str:
-  """Makes generated text safe inside a code span: one line, no back-ticks."""
-  return " ".join(text.replace("`", "'").split())

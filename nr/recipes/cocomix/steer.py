@@ -1,108 +1,113 @@
-"""Stage `steer`: what the student's concepts are, and what forcing them costs and does.
+"""Stage `steer`: what the student's concepts are, and what steering them costs and does.
 
 The paper (arXiv 2502.08524 section 3.2) multiplies a concept's logit during
 generation and shows samples; where, when and at what cost it leaves open. Here
-the edit has explicit semantics (`nr.models.concept_intervention`), and a sweep of
-its strength is measured against (a) the KL divergence from the unsteered
-next-token distribution and (b) the perplexity of what is generated under the
-baseline, both with 95 % bootstrap intervals over prompts.
+concepts are named by what they do in held-out text (`steering.naming`), edits have
+explicit semantics (`nr.models.concept_intervention`), and a sweep of their strength is
+measured beside controls and beside the same edit of the teacher (`steering.protocol`).
 """
 
-import functools
-import math
-from typing import Any, NamedTuple
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from nr.data.concept_labels import latent_counts
-from nr.data.tokenizers import load_tokenizer
-from nr.evaluation.statistics import bootstrap_ratio
-from nr.generation.language_models import Network
-from nr.generation.sample import sample
-from nr.generation.stopping import Stop
-from nr.generation.transforms.algebra import chain
-from nr.generation.transforms.temperature import Temperature
-from nr.models import parameters
-from nr.models.concept_intervention import ConceptIntervention, concept_intervention
-from nr.objectives.language_modeling import token_nll
+from nr.data.tokenizers import Tokenizer, load_tokenizer
+from nr.files import replace_text
 from nr.recipes.cocomix import contexts, corpus, settings
 from nr.recipes.cocomix import labels as labels_stage
+from nr.recipes.cocomix.contexts import Firings
+from nr.recipes.cocomix.steering import naming, protocol
+from nr.recipes.cocomix.steering.naming import Names
+from nr.recipes.cocomix.steering.protocol import Models, Protocol
 from nr.recipes.cocomix.students import run_name
 from nr.recipes.stages import Artifact, StageContext
 from nr.training.model_files import Model, load_model
+from nr.training.optimizers import make_schedule
 
-
-class Steered(NamedTuple):
-  """One strength of one concept.
-
-  Attributes:
-    kl_P: [prompts] mean KL(steered || unsteered) over the prompt's positions, nats.
-    nll_P: [prompts] negative log-likelihood of the continuation under the baseline, nats.
-    tokens_P: [prompts] tokens of the continuation.
-    texts: continuations.
-    log_ratio_V: mean change of each token's log-probability, nats.
-  """
-
-  kl_P: np.ndarray
-  nll_P: np.ndarray
-  tokens_P: np.ndarray
-  texts: list[str]
-  log_ratio_V: np.ndarray
+TEXTS = "continuations.jsonl"
+"""Every continuation of the sweep, a line each."""
 
 
 def run(context: StageContext) -> Artifact:
-  """Lists the most used concepts with their contexts, and sweeps the strength of a few."""
-  config, inputs = context.config.steer, context.inputs
-  seed, first = inputs["students"]["seeds"][0], inputs["students"]["arms"][0]
-  steered = settings.steered_arm(context.config)
-  fingerprint = inputs["tokenizer"]["fingerprint"]
-  models = {
-    "teacher": load_model(context.path(inputs["teacher"]["model"]), fingerprint),
-    "sae": load_model(context.path(inputs["sae"]["model"]), fingerprint),
-    "student": load_model(
-      context.path(inputs["students"]["runs"][run_name(steered, seed)]["model"]), fingerprint
-    ),
-    "baseline": load_model(
-      context.path(inputs["students"]["runs"][run_name(first, seed)]["model"]), fingerprint
-    ),
-  }
-  tokenizer = load_tokenizer(context.path(inputs["tokenizer"]["tokenizer"]))
-  dataset = corpus.open_split(context, "validation")
-  layer = context.config.teacher.tap_layer
-  firings = contexts.find_firings(
-    context, models["teacher"], models["sae"], layer, context.config.evaluate.batch_size, config.max_windows
-  )
-  kind = settings.label_kind(context.config, steered)
-  labels = labels_stage.counted_labels(context, inputs["labels"], kind).labels
-  counts = latent_counts(labels, models["sae"].spec.num_latents)
-  ranked = rank_concepts(counts, firings.frequency(), config.max_density)
-  table = [
-    {
-      "concept": int(concept),
-      "label_count": int(counts[concept]),
-      "firing_frequency": float(firings.frequency()[concept]),
-      "contexts": [
-        {"value": value, "text": contexts.context_text(dataset, tokenizer, place, config.context_tokens)}
-        for place, value in firings.strongest(int(concept), config.contexts, apart=config.context_tokens)
-      ],
-    }
-    for concept in ranked[: config.table_concepts]
-  ]
-  prompts_PL = validation_prompts(dataset, config.prompts, config.prompt_tokens)
-  sweeps = [
-    sweep(config, context.config.seed, models, tokenizer, prompts_PL, int(concept))
-    for concept in tqdm(ranked[: config.num_concepts], desc="steering", unit="concept", leave=False)
-  ]
+  """Lists the most used concepts with what names them, and sweeps the strength of a few."""
+  config = context.config.steer
+  arm, models = settings.steered_arm(context.config), open_models(context)
+  names, swept = name_concepts(context, models)
+  prompts_PL = validation_prompts(names.dataset, config.prompts, config.prompt_tokens)
+  measure = Protocol(config, context.config.seed, models, names.tokenizer, prompts_PL)
+  random = np.random.default_rng(context.config.seed)
+  sweeps, lines = [], []
+  for concept in tqdm(swept, desc="steering", unit="concept", leave=False):
+    control = protocol.draw_control(concept, names.firings.frequency(), swept, random)
+    record, texts = sweep(measure, names, concept, control)
+    sweeps.append(record)
+    lines += texts
+  replace_text(context.directory / TEXTS, "".join(json.dumps(line) + "\n" for line in lines))
   return {
-    "arm": steered,
+    "arm": arm,
     "mode": config.mode,
-    "prompts": [tokenizer.decode(prompt.tolist()) for prompt in prompts_PL],
-    "concepts": table,
+    "prompts": measure.prompts,
+    "texts": context.relative(context.directory / TEXTS),
+    "concepts": [names.describe(each, config.contexts, config.context_tokens) for each in names.concepts],
+    "compression": naming.compression_norms(models.student, names.use, decay_left(context.config, arm)),
     "sweeps": sweeps,
+    "overall": protocol.overall(sweeps),
   }
+
+
+def open_models(context: StageContext) -> Models:
+  """Opens the steered student, the baseline, and the teacher with its autoencoder."""
+  inputs, fingerprint = context.inputs, context.inputs["tokenizer"]["fingerprint"]
+  students = inputs["students"]
+
+  def student(arm: str) -> Model:
+    return load_model(
+      context.path(students["runs"][run_name(arm, students["seeds"][0])]["model"]), fingerprint
+    )
+
+  return Models(
+    student=student(settings.steered_arm(context.config)),
+    baseline=student(students["arms"][0]),
+    teacher=load_model(context.path(inputs["teacher"]["model"]), fingerprint),
+    autoencoder=load_model(context.path(inputs["sae"]["model"]), fingerprint),
+    layer=context.config.teacher.tap_layer,
+  )
+
+
+def open_tokenizer(context: StageContext) -> Tokenizer:
+  """Opens the run's tokenizer."""
+  return load_tokenizer(context.path(context.inputs["tokenizer"]["tokenizer"]))
+
+
+def name_concepts(context: StageContext, models: Models) -> tuple[Names, list[int]]:
+  """Returns what concepts are named from, and which are swept."""
+  config, batch_size = context.config.steer, context.config.evaluate.batch_size
+  firings = contexts.find_firings(
+    context, models.teacher, models.autoencoder, models.layer, batch_size, config.max_windows
+  )
+  kind = settings.label_kind(context.config, settings.steered_arm(context.config))
+  labels = labels_stage.counted_labels(context, context.inputs["labels"], kind).labels
+  counts_C = latent_counts(labels, models.autoencoder.spec.num_latents)
+  ranked = rank_concepts(counts_C, firings.frequency(), config.max_density)
+  swept = [int(each) for each in (config.concepts or ranked[: config.num_concepts])]
+  shown = list(dict.fromkeys([*swept, *map(int, ranked[: config.table_concepts])]))
+  teacher_lens_CV, student_lens_CV = naming.lenses(models.teacher, models.autoencoder, models.student, shown)
+  names = Names(
+    dataset=corpus.open_split(context, "validation"),
+    tokenizer=open_tokenizer(context),
+    firings=firings,
+    use=naming.find_use(context, models.student, batch_size, config.max_windows),
+    label_counts_C=counts_C,
+    teacher_lens_CV=teacher_lens_CV,
+    student_lens_CV=student_lens_CV,
+    concepts=shown,
+  )
+  return names, swept
 
 
 def rank_concepts(counts_C: np.ndarray, frequency_C: np.ndarray, max_density: float) -> np.ndarray:
@@ -125,104 +130,110 @@ def validation_prompts(dataset: Any, count: int, length: int) -> np.ndarray:
       f"steer.prompts={count} of steer.prompt_tokens={length} tokens do not fit the {dataset.num_tokens} "
       "validation tokens; ask for fewer or shorter prompts"
     )
-  return np.stack([dataset.tokens[row * room : row * room + length] for row in range(count)]).astype(np.int32)
+  return cut(dataset, np.arange(count) * room, length)
+
+
+def cut(dataset: Any, starts: np.ndarray, length: int) -> np.ndarray:
+  """Returns [starts, length] token ids that begin at given places of a split."""
+  return np.stack([dataset.tokens[start : start + length] for start in starts]).astype(np.int32)
+
+
+def pieces(
+  dataset: Any, firings: Firings, concept: int, count: int, length: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+  """Returns up to `count` evenly spaced pieces of held-out text in which a concept fires, and in which it does not.
+
+  None in place of pieces of which there are fewer than two.
+  """
+
+  def spread(starts: np.ndarray) -> np.ndarray | None:
+    if len(starts) < 2:
+      return None
+    chosen = np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int)
+    return cut(dataset, starts[chosen], length)
+
+  related, neutral = firings.pieces(concept, length)
+  return spread(related), spread(neutral)
 
 
 def sweep(
-  config: Any, seed: int, models: dict[str, Model], tokenizer: Any, prompts_PL: np.ndarray, concept: int
-) -> dict[str, Any]:
-  """Measures one concept at every strength, and without any edit."""
-  num_concepts = models["sae"].spec.num_latents
-  neutral = concept_intervention([concept], config.mode, 0.0, num_concepts=num_concepts, active_BL=False)
-  unsteered = measure(config, seed, models, tokenizer, prompts_PL, neutral)
-  rows, samples = [point(None, unsteered, seed)], [{"strength": None, "text": unsteered.texts[0]}]
-  for strength in config.strengths:
-    edit = concept_intervention([concept], config.mode, float(strength), num_concepts=num_concepts)
-    steered = measure(config, seed, models, tokenizer, prompts_PL, edit)
-    rows.append(point(float(strength), steered, seed))
-    samples.append({"strength": float(strength), "text": steered.texts[0]})
-    strongest = steered.log_ratio_V
-  promoted = np.argsort(-strongest)[:8]
-  return {
-    "concept": concept,
-    "mode": config.mode,
-    "points": rows,
-    "promoted_tokens": [tokenizer.decode([int(token)]) for token in promoted],
-    "promoted_log_ratios": [float(strongest[token]) for token in promoted],
-    "samples": samples,
-  }
-
-
-def point(strength: float | None, steered: Steered, seed: int) -> dict[str, Any]:
-  """Returns one row of the sweep: KL in nats and perplexity, each with its 95 % interval."""
-  divergence = bootstrap_ratio(steered.kl_P, np.ones_like(steered.kl_P), seed=seed)
-  loss = bootstrap_ratio(steered.nll_P, steered.tokens_P, seed=seed)
-  return {
-    "strength": strength,
-    "kl": divergence.estimate,
-    "kl_ci95": [divergence.low, divergence.high],
-    "continuation_ppl": math.exp(loss.estimate),
-    "continuation_ppl_ci95": [math.exp(loss.low), math.exp(loss.high)],
-  }
-
-
-def measure(
-  config: Any,
-  seed: int,
-  models: dict[str, Model],
-  tokenizer: Any,
-  prompts_PL: np.ndarray,
-  edit: ConceptIntervention,
-) -> Steered:
-  """Steers the student on all prompts at once; the strength is traced, so a sweep compiles once."""
-  student, baseline = models["student"], models["baseline"]
-  kl_P, log_ratio_V = next_token_shift(student.graphdef, student.params, prompts_PL, edit)
-  network = Network(student.graphdef, student.params, intervention=edit, intervene_on="generation")
-  continued = sample(
-    network,
-    prompts_PL,
-    key=jax.random.key(seed),
-    chain=chain(Temperature(config.temperature)),
-    max_new_tokens=config.new_tokens,
-    stop=Stop(ids_E=[tokenizer.end_of_text_id]),
-  )
-  nll_P = continuation_nll(
-    baseline.graphdef, baseline.params, prompts_PL, continued.tokens_RN, continued.lengths_R
-  )
-  lengths_P = np.asarray(continued.lengths_R)
-  texts = [
-    tokenizer.decode(row[:length].tolist()) for row, length in zip(np.asarray(continued.tokens_RN), lengths_P)
-  ]
-  return Steered(np.asarray(kl_P), np.asarray(nll_P), lengths_P, texts, np.asarray(log_ratio_V))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def next_token_shift(
-  graphdef: Any, params: Any, tokens_PL: jax.Array, edit: ConceptIntervention
-) -> tuple[jax.Array, jax.Array]:
-  """Compares next-token distributions with and without the edit at every position.
+  measure: Protocol, names: Names, concept: int, control: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """Measures one concept at every strength, beside its controls.
 
   Returns:
-    (KL(steered || unsteered) [P], mean over positions, nats;
-    mean change of every token's log-probability [V], nats).
+    What the artifact says of it, and its continuations, a record each.
   """
-  model = parameters.merge(graphdef, params)
-  clean_PLV = jax.nn.log_softmax(model(tokens_PL))
-  steered_PLV = jax.nn.log_softmax(model(tokens_PL, intervention=edit))
-  change_PLV = steered_PLV - clean_PLV
-  kl_PL = (jnp.exp(steered_PLV) * change_PLV).sum(-1)
-  return kl_PL.mean(-1), change_PLV.mean((0, 1))
+  config, firings = measure.config, names.firings
+  own = str(concept) in config.keywords
+  keywords = (
+    config.keywords[str(concept)]
+    if own
+    else naming.keywords_of(firings, concept, names.dataset, names.tokenizer, config.num_keywords)
+  )
+  judge = protocol.keyword_judge(keywords, is_regex=own)
+  largest_C = names.use.largest_C
+  student = measure.measure(measure.student, concept, concept, judge, largest_C[concept])
+  other = measure.measure(measure.student, control, concept, judge, largest_C[control])
+  teacher = None
+  if measure.teacher is not None:
+    teacher = measure.measure(measure.teacher, concept, concept, judge, firings.largest(concept))
+  related_PL, neutral_PL = pieces(names.dataset, firings, concept, config.prompts, config.prompt_tokens)
+  strongest_V = student.shift.log_ratio_SPV[np.argmax(config.strengths) + 1].mean(0)
+  record = {
+    "concept": concept,
+    "control": control,
+    "control_frequency": float(firings.frequency()[control]),
+    "mode": config.mode,
+    "keywords": list(keywords),
+    "points": measure.points(student),
+    "control_points": measure.points(other),
+    "teacher_points": None if teacher is None else measure.points(teacher),
+    "related": measure.side_effects(concept, largest_C[concept], related_PL),
+    "neutral": measure.side_effects(concept, largest_C[concept], neutral_PL),
+    "agreement": measure.agreement(student, other, teacher),
+    "unedited_difference": float(student.shift.kl_SP[0].max()),
+    "promoted": naming.top_tokens(strongest_V, names.tokenizer),
+    "samples": [
+      {"strength": strength, "text": student.texts[row][0]} for row, strength in enumerate(measure.strengths)
+    ],
+  }
+  subjects = {"student": (concept, student), "control": (control, other), "teacher": (concept, teacher)}
+  return record, list(_lines(measure.strengths, concept, subjects))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def continuation_nll(
-  graphdef: Any, params: Any, prompts_PL: jax.Array, tokens_PN: jax.Array, lengths_P: jax.Array
-) -> jax.Array:
-  """Returns the nats [P] of each continuation under a model, summed over its own tokens."""
-  model = parameters.merge(graphdef, params)
-  whole_PT = jnp.concatenate([prompts_PL, tokens_PN], axis=1)
-  hidden_PTD = model.hidden(whole_PT[:, :-1])
-  first = prompts_PL.shape[1] - 1
-  nll_PN = token_nll(hidden_PTD[:, first:], model.unembedding_VD, tokens_PN)
-  is_own_PN = jnp.arange(tokens_PN.shape[1]) < lengths_P[:, None]
-  return jnp.where(is_own_PN, nll_PN, 0.0).sum(-1)
+def _lines(strengths: Sequence[float | None], concept: int, subjects: dict) -> Iterator[dict[str, Any]]:
+  """Yields every continuation with its scores."""
+  for subject, (edited, measured) in subjects.items():
+    if measured is None:
+      continue
+    for row, strength in enumerate(strengths):
+      for prompt, text in enumerate(measured.texts[row]):
+        score = float(measured.keywords_SP[row, prompt])
+        yield {
+          "concept": concept,
+          "subject": subject,
+          "edited": edited,
+          "strength": strength,
+          "prompt": prompt,
+          "text": text,
+          "keywords": score if np.isfinite(score) else None,
+          "fired": int(measured.fired_SP[row, prompt]),
+          "tokens": int(measured.tokens_SP[row, prompt]),
+          "nll": float(measured.nll_SP[row, prompt]),
+        }
+
+
+def decay_left(config: Any, arm: str) -> float:
+  """Returns the factor to which weight decay alone shrinks a parameter over an arm's training."""
+  training = config.students.train
+  steps = config.students.arms[arm].steps or training.steps
+  schedule = make_schedule(
+    training.schedule.name,
+    training.optimizer.learning_rate,
+    steps=training.schedule.steps or steps,
+    warmup_steps=training.schedule.warmup_steps,
+    final_fraction=training.schedule.final_fraction,
+  )
+  rates = np.asarray(jax.vmap(schedule)(np.arange(steps)))
+  return float(np.prod(1 - rates * training.optimizer.weight_decay))

@@ -132,7 +132,8 @@ class Runner:
       reuse.adopt(work, [other for other in self._everything if other is not work])
     slot = self._free[0]
     # The bars of several processes on one terminal would be unreadable, and in a file a line a step.
-    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    # Unbuffered, what is printed and what fails are in the file in the order in which they happened.
+    environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     if slot:
       environment["CUDA_VISIBLE_DEVICES"] = slot
     with open(work.directory / OUTPUT, "ab") as output:

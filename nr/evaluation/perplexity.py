@@ -1,12 +1,17 @@
-"""Loss, perplexity and bits per byte of a language model, document by document."""
+"""Loss, perplexity and bits per byte of a language model, document by document.
+
+Two ways to read a split: as one stream cut into windows, as training reads it (`score_documents`),
+or each document by itself in windows that slide, as evaluation harnesses do (`score_separately`).
+"""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from nr.evaluation.log_likelihoods import TextScorer
 from nr.evaluation.statistics import Interval, bootstrap_ratio
 
 
@@ -15,7 +20,7 @@ class DocumentScores(NamedTuple):
 
   Attributes:
     nll: [documents] float64, nats summed over the scored tokens.
-    tokens: [documents] number of scored tokens, end-of-text included.
+    tokens: [documents] number of scored tokens.
     bytes: [documents] UTF-8 bytes of the text.
   """
 
@@ -69,6 +74,29 @@ def score_documents(
     documents = np.asarray(batch["documents"])[scored]
     nll += np.bincount(documents, values, minlength=count)
     tokens += np.bincount(documents, minlength=count)
+  return DocumentScores(nll, tokens, np.asarray(document_bytes, np.int64))
+
+
+def score_separately(
+  scorer: TextScorer,
+  documents: Sequence[Sequence[int]],
+  document_bytes: np.ndarray,
+  *,
+  stride: int | None = None,
+  description: str = "scoring documents",
+) -> DocumentScores:
+  """Scores every token of each document, which begins behind the scorer's prefix and sees no other.
+
+  Args:
+    scorer: of the model.
+    documents: token ids, without the end of text; those without any are not scored.
+    document_bytes: [documents] UTF-8 bytes of each.
+    stride: tokens scored by each window but the first, the others are context; None: disjoint windows.
+    description: title of the progress bar.
+  """
+  scores = scorer.token_lists(documents, stride, description)
+  nll = np.array([-each.total() for each in scores], np.float64)
+  tokens = np.array([len(each.log_probs_M) for each in scores], np.float64)
   return DocumentScores(nll, tokens, np.asarray(document_bytes, np.int64))
 
 

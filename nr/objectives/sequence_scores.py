@@ -19,28 +19,35 @@ class TokenStatistics(NamedTuple):
     entropies_RL: entropy of the law that the target was drawn from, nats; None where not asked for.
     log_sum_squares_RL: log sum_v p(v)^2, at most 0 (arXiv 2406.11827 compares log p with it); None
       where not asked for.
+    is_greedy_RL: bool, whether greedy decoding takes the target (of equals the lowest id); None where not
+      asked for.
   """
 
   log_probs_RL: jax.Array
   entropies_RL: jax.Array | None = None
   log_sum_squares_RL: jax.Array | None = None
+  is_greedy_RL: jax.Array | None = None
 
 
-def _statistics(hidden_RLD, unembedding_VD, targets_RL, with_entropy, with_sum_squares) -> TokenStatistics:
+def _statistics(
+  hidden_RLD, unembedding_VD, targets_RL, with_entropy, with_sum_squares, with_greedy
+) -> TokenStatistics:
   head_VD = unembedding_VD.astype(hidden_RLD.dtype)
   logits_RLV = jnp.einsum("rld,vd->rlv", hidden_RLD, head_VD, preferred_element_type=jnp.float32)
   # A comparison instead of a look-up, as in `language_modeling`: no scatter, no gather across devices.
   is_target_RLV = jnp.arange(logits_RLV.shape[-1]) == targets_RL[..., None]
   target_RL = jnp.where(is_target_RLV, logits_RLV, 0.0).sum(axis=-1)
   normaliser_RL = jax.nn.logsumexp(logits_RLV, axis=-1)
-  entropies_RL = log_sum_squares_RL = None
+  entropies_RL = log_sum_squares_RL = is_greedy_RL = None
   if with_entropy:
     log_law_RLV = logits_RLV - normaliser_RL[..., None]
     # exp(-inf) * -inf would be NaN for banned tokens; their share of the entropy is 0.
     entropies_RL = -jnp.where(log_law_RLV > -jnp.inf, jnp.exp(log_law_RLV) * log_law_RLV, 0.0).sum(axis=-1)
   if with_sum_squares:
     log_sum_squares_RL = jax.nn.logsumexp(2 * logits_RLV, axis=-1) - 2 * normaliser_RL
-  return TokenStatistics(target_RL - normaliser_RL, entropies_RL, log_sum_squares_RL)
+  if with_greedy:
+    is_greedy_RL = jnp.argmax(logits_RLV, axis=-1) == targets_RL
+  return TokenStatistics(target_RL - normaliser_RL, entropies_RL, log_sum_squares_RL, is_greedy_RL)
 
 
 def token_statistics(
@@ -51,6 +58,7 @@ def token_statistics(
   chunk_size: int | None = None,
   with_entropy: bool = False,
   with_sum_squares: bool = False,
+  with_greedy: bool = False,
 ) -> TokenStatistics:
   """Log-probability of each target, and what else of its law is asked for, in one pass.
 
@@ -64,13 +72,15 @@ def token_statistics(
       [R, L, V].
     with_entropy: whether to give the entropies.
     with_sum_squares: whether to give log sum_v p(v)^2.
+    with_greedy: whether to say which targets greedy decoding takes.
 
   Raises:
     ValueError: if chunk_size is not positive.
   """
   if chunk_size is not None and chunk_size < 1:
     raise ValueError(f"chunk_size={chunk_size!r}: give a positive number of tokens, or None for no chunks")
-  compute = functools.partial(_statistics, with_entropy=with_entropy, with_sum_squares=with_sum_squares)
+  asked = dict(with_entropy=with_entropy, with_sum_squares=with_sum_squares, with_greedy=with_greedy)
+  compute = functools.partial(_statistics, **asked)
   R, L = targets_RL.shape
   if chunk_size is None or chunk_size >= R * L:
     return compute(hidden_RLD, unembedding_VD, targets_RL)

@@ -44,6 +44,7 @@ EXTRAS = {
   ],  # fmt: skip
   "lint": ["ruff>=0.14", "import-linter>=2"],
   "oracles": ["torch>=2.13", "transformers>=5.23", "peft>=0.21", "trl>=1.16"],
+  "harness": ["lm-eval>=0.4.13"],  # the model "nr" of lm-evaluation-harness
   "launch": ["xmanager>=0.8.5"],  # takes protobuf below 7: best in an environment of its own
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
@@ -60,4 +61,6 @@ setup(
   packages=find_packages(include=["nr", "nr.*"]),
   install_requires=CORE,
   extras_require=EXTRAS,
+  # Versions of lm_eval that look for models in other packages find ours; older ones by nr.evaluation.harness.
+  entry_points={"lm_eval.models": ["nr = nr.evaluation.harness:HarnessModel"]},
 )

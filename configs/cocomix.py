@@ -81,7 +81,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
   config.labels = _labels()
 
   config.students = _students(_tiny_arms())
-  config.evaluate = ConfigDict({"batch_size": 32})
+  config.evaluate = _evaluate()
   config.steer = _steer()
   if variant == "seeds":
     config.students.seeds = (0, 1, 2)
@@ -337,6 +337,22 @@ def _ablation_arms(model_dim: int, baseline_dim: int, *, insert_at: int, top_k: 
   }
 
 
+def _evaluate() -> ConfigDict:
+  """Returns what is measured of every student besides the loss of the validation split in packed windows; all ours."""
+  return ConfigDict(
+    {
+      "batch_size": 32,
+      "documents": 0,  # validation documents read each by itself, as evaluation harnesses do; 0: none, -1: all
+      # Tokens that each of a document's windows but the first scores, the others are context; 0: window.length,
+      # disjoint windows. Half a window gives every token that much context, at twice the cost.
+      "stride": 0,
+      "last_words": 0,  # passages whose last word is guessed (the measure of LAMBADA); 0: none
+      "passage_words": 40,  # of passages, which are cut from the validation split
+      "last_word_file": "",  # passages of a file instead, such as LAMBADA's .jsonl with a field "text"
+    }
+  )
+
+
 def _steer() -> ConfigDict:
   """Returns which concepts are named, which are steered, how, and what is measured of it (all ours)."""
   return ConfigDict(
@@ -547,6 +563,8 @@ def _make_small_gpu(config: ConfigDict) -> None:
       }
     )
     config.students.arms.cocomix.concept.head_impl = "fused"
+    # Half a window of context for every token, and last words of passages that the corpus gives.
+    config.evaluate.update(dict(batch_size=64, documents=400, stride=256, last_words=2000))
     for train in (config.teacher.train, config.students.train):
       train.update(dict(steps=3000, batch_size=64, eval_every=500))
       train.optimizer.learning_rate = 6e-4

@@ -73,6 +73,7 @@ def stages(config: Any) -> list[Stage]:
       evaluate.run,
       sections=("evaluate", "compute", "seed"),
       inputs=("tokenizer", *["labels"] * has_labels, "students"),
+      files=("evaluate.last_word_file",),
     ),
     "steer": Stage(
       "steer",

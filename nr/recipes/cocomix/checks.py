@@ -13,7 +13,7 @@ from nr.models.concept_intervention import InterventionMode
 from nr.models.concept_mixing_spec import MIXING
 from nr.models.transformer import TransformerSpec
 from nr.recipes.cocomix import autoencoder as autoencoder_stage
-from nr.recipes.cocomix import corpus, settings
+from nr.recipes.cocomix import corpus, settings, text_measures
 from nr.recipes.cocomix import teacher as teacher_stage
 from nr.recipes.cocomix.method import sparse_autoencoder_method
 from nr.recipes.cocomix.steering.protocol import REFERENCE_MODE
@@ -42,6 +42,7 @@ def validate(config: Any) -> None:
   tokenizer = given.tokenizer if given is not None else corpus.given_tokenizer(config)
   vocab_size = config.tokenizer.vocab_size if tokenizer is None else tokenizer.vocab_size
   autoencoder_stage.check(config)
+  text_measures.check(config)
   check_trainings(config, vocab_size, None if given is None else given.spec)
 
 

@@ -14,7 +14,7 @@ from nr.evaluation.statistics import paired_difference
 from nr.models import parameters
 from nr.objectives.weighted import Weighted, add
 from nr.recipes.cocomix import labels as labels_stage
-from nr.recipes.cocomix import language_model
+from nr.recipes.cocomix import language_model, text_measures
 from nr.recipes.cocomix.method import run_on_labels
 from nr.recipes.cocomix.students import run_name
 from nr.recipes.stages import Artifact, StageContext
@@ -28,7 +28,7 @@ def run(context: StageContext) -> Artifact:
   results: dict[str, dict[str, Any]] = {}
   for name, trained in students["runs"].items():
     scores[name] = language_model.score_split(context, trained, "validation", config.evaluate.batch_size)
-    results[name] = summary(scores[name], config.seed)
+    results[name] = {**summary(scores[name], config.seed), **text_measures.measure(context, trained)}
     if trained["arm"] in students["predicting"]:
       results[name].update(concept_metrics(context, trained))
   first, *others = students["arms"]

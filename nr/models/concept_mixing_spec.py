@@ -43,10 +43,10 @@ class ConceptMixingSpec(Spec):
       model's (the paper names none).
     refinements: for "thought", further passes in which thoughts see earlier
       thoughts (Jacobi iterations); with 0 they come from tokens alone.
-    head_impl: "fused" holds the logits of `chunk_length` positions a row at a time and
-      recomputes them in the backward pass; "dense" holds all. Same values; with
-      many concepts fused is the faster one on CPU too.
-    chunk_length: positions a row, for "fused"; 0 takes all at once, as "dense".
+    head_impl: "fused" holds the logits of `concept_chunk` concepts at a time and
+      recomputes them in the backward pass; "dense" holds all. Same values.
+    concept_chunk: concepts a chunk, for "fused" (of those on a device, where concepts are
+      split over several); 0 takes all at once, as "dense".
     compression_impl: "gather" reads K rows a position, "dense" multiplies by all C;
       with many concepts gather is much the faster on CPU. With concepts split over
       devices dense should need less communication.
@@ -66,7 +66,7 @@ class ConceptMixingSpec(Spec):
   mlp_dim: int = 0
   refinements: int = 0
   head_impl: str = "fused"
-  chunk_length: int = 128
+  concept_chunk: int = 4096
   compression_impl: str = "gather"
   top_k_impl: str = "chunked"
   last_block: str = "readout_rows"
@@ -163,7 +163,7 @@ _CHOICES = {
 # Fields that may be 0, and what is told to whoever gives something else.
 _COUNTS = {
   "insert_at": "give the index of a block, from 0",
-  "chunk_length": "give a number of positions, or 0 for all",
+  "concept_chunk": "give a number of concepts, or 0 for all",
   "target_dim": "give the width of the teacher",
   "mlp_dim": "give a width, or 0 for four times the model's",
   "refinements": "give a number of passes, or 0 for none",

@@ -70,14 +70,14 @@ class ConceptPath(nnx.Module):
     intervention: ConceptIntervention | None = None,
   ) -> ConceptPrediction:
     """Predicts concepts from the stream [B, L, D]; see `predict_concepts`."""
-    is_chunked = self.spec.head_impl == "fused" and self.spec.chunk_length > 0
+    is_chunked = self.spec.head_impl == "fused" and self.spec.concept_chunk > 0
     return predict_concepts(
       *self._head_operands(h_BLD),
       k=self.spec.top_k,
       labels_BLA=labels_BLA,
       intervention=intervention,
       top_k_impl=self.spec.top_k_impl,
-      chunk_length=self.spec.chunk_length if is_chunked else None,
+      concept_chunk=self.spec.concept_chunk if is_chunked else None,
     )
 
   def logits(self, h_BLD: jax.Array) -> jax.Array:

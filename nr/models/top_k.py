@@ -58,6 +58,25 @@ def top_k_indices(scores: jax.Array, k: int, *, implementation: str = "chunked")
   return find(scores, k)
 
 
+def merge_top_k(
+  values: jax.Array, indices: jax.Array, more_values: jax.Array, more_indices: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the k largest of k kept entries and some more, as `top_k` of all that they were taken from.
+
+  Args:
+    values: [..., k], largest first, ties by index.
+    indices: int [..., k] where they stand.
+    more_values: [..., j], largest first, ties by index.
+    more_indices: int [..., j], each above all of `indices`.
+  """
+  k = values.shape[-1]
+  values = jnp.concatenate([values, more_values], axis=-1)
+  indices = jnp.concatenate([indices, more_indices], axis=-1)
+  # Kept entries come first, so that position orders ties by index.
+  best = _lax_indices(values, k)
+  return jnp.take_along_axis(values, best, axis=-1), jnp.take_along_axis(indices, best, axis=-1)
+
+
 def _lax_indices(scores: jax.Array, k: int) -> jax.Array:
   return jax.lax.top_k(scores + 0.0, k)[1]  # + 0.0 turns -0.0 into 0.0, which lax.top_k ranks apart
 

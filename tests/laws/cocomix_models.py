@@ -22,7 +22,7 @@ def llama_spec(**settings):
 
 
 def concept_spec(**settings):
-  return ConceptMixingSpec(**(dict(insert_at=1, num_concepts=CONCEPTS, top_k=6, chunk_length=4) | settings))
+  return ConceptMixingSpec(**(dict(insert_at=1, num_concepts=CONCEPTS, top_k=6, concept_chunk=20) | settings))
 
 
 def make_model(spec=None, concepts=None, seed=0):

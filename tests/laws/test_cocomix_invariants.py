@@ -114,7 +114,7 @@ def test_every_parameter_has_logical_axes():
     (dict(top_k=49), "top_k=49: must be at most num_concepts=48"),
     (dict(num_concepts=65536), "num_concepts=65536: labels are uint16 .* at most 65535"),
     (dict(insert_at=-1), "insert_at=-1: give the index of a block"),
-    (dict(chunk_length=-1), "chunk_length=-1: give a number of positions"),
+    (dict(concept_chunk=-1), "concept_chunk=-1: give a number of concepts"),
   ],
 )
 def test_bad_settings_are_named(settings, message):

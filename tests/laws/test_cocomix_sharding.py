@@ -46,7 +46,7 @@ def _loss(graphdef):
 
 
 SETTINGS = {
-  "fused": (gpt2_spec, dict(head_impl="fused", compression_impl="gather")),
+  "fused": (gpt2_spec, dict(head_impl="fused", concept_chunk=6, compression_impl="gather")),
   "dense": (llama_spec, dict(head_impl="dense", compression_impl="dense")),
 }
 

@@ -56,7 +56,7 @@ def test_next_token_method(spec, name, tmp_path):
 @pytest.mark.slow
 def test_cocomix_method(tmp_path):
   spec = ConceptMixingModelSpec(
-    GPT2, ConceptMixingSpec(insert_at=1, num_concepts=CONCEPTS, top_k=4, chunk_length=5)
+    GPT2, ConceptMixingSpec(insert_at=1, num_concepts=CONCEPTS, top_k=4, concept_chunk=20)
   )
   method = cocomix_method(spec, loss_weight=0.1)
   method_suite.check_all(method, labelled_batch(), tmp_path, golden="cocomix", except_for=KEY_BIAS)

@@ -56,7 +56,8 @@ class Ranking(NamedTuple):
 
 def signed(scores: jax.Array, sign: str) -> jax.Array:
   """Turns scores so that the wanted ones are largest: as they are, negated, or their magnitude."""
-  return {"paper": scores, "negated": -scores, "abs": jnp.abs(scores)}[sign] + 0.0  # no negative zeros
+  turned = {"paper": scores, "negated": -scores, "abs": jnp.abs(scores)}[sign]
+  return jnp.where(turned == 0, 0.0, turned)  # a negative zero would rank below a zero
 
 
 def along_rows(table_CD: jax.Array, indices_BLK: jax.Array, x_BLD: jax.Array) -> jax.Array:

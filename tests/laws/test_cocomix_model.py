@@ -54,6 +54,10 @@ def test_01_parameter_counts(name):
   assert _count(lambda: Transformer(wide, rngs=nnx.Rngs(0))) == baseline
 
 
+def test_01_the_teacher_of_the_paper_has_124_million_parameters():
+  assert _count(lambda: Transformer(TransformerSpec.gpt2(), rngs=nnx.Rngs(0))) == 124_439_808
+
+
 @pytest.mark.parametrize("mode", ["none", "prediction_only"])
 def test_02_without_insertion_the_model_is_its_transformer(mode):
   model = make_model(concepts=concept_spec(mode=mode))

@@ -50,7 +50,8 @@ def test_an_option_is_taken_or_refused(arch, name):
 
 
 def test_values_of_other_options_decide_values():
-  assert make(k_aux=None).k_aux == 16  # half the width
+  assert make(k_aux=None).k_aux == 16  # half the width, whatever the number of latents
+  assert make(num_latents=640).k_aux == 16 and make().alpha == 1 / 32
   assert make("jumprelu").tanh_scale is None and make("jumprelu", penalty="tanh").tanh_scale == 4
   assert make("jumprelu", penalty="target").sparsity == 1 and make("jumprelu").sparsity == 1e-3
   assert make("matryoshka").prefixes == (2, 6, 14, 30, 64)

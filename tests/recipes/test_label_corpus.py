@@ -9,12 +9,14 @@ from nr.data.concept_labels import LabelCache, LabelWriter
 from nr.data.sources import Document
 from nr.data.token_dataset import write_token_dataset
 from nr.data.windows import WindowSource
+from nr.evaluation.flops import count_flops
 from nr.labels import NO_LABEL
 from nr.models import parameters
 from nr.models.concept_mixing import ConceptMixingSpec
+from nr.models.residual_tap import TapInputs, activations_at
 from nr.models.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderSpec
 from nr.models.transformer import Transformer, TransformerSpec
-from nr.objectives.attribution import AttributionSpec
+from nr.objectives.attribution import AttributionSpec, hidden_gradient
 from nr.recipes.cocomix import label_corpus
 from nr.recipes.cocomix.label_corpus import Labelling
 from nr.recipes.cocomix.method import cocomix_method
@@ -89,6 +91,41 @@ def test_24_cached_labels_equal_online_labels(tmp_path, dataset, models, reset_a
   np.testing.assert_array_equal(cached == NO_LABEL, (batch["weights"] == 0)[..., None].repeat(4, -1))
   assert cache.counts["scored"] > 30 and 0 < cache.counts["coverage"] <= 1
   assert cache.weights is None and "label_weights" not in batch
+
+
+def test_several_devices_label_as_one_does(tmp_path, dataset, models):
+  """Each has a share of every batch; a batch that does not divide is refused."""
+  spec = AttributionSpec(weights="score")
+  header = make_header(dataset, spec)
+  one = run(tmp_path / "one", dataset, header, models, spec)
+  mesh = sharding.make_mesh(dict(data=4, fsdp=1, tensor=1, sequence=1))
+  many = run(tmp_path / "many", dataset, header, models, spec, batch_size=4, mesh=mesh)
+  np.testing.assert_array_equal(many.labels, one.labels)
+  np.testing.assert_allclose(many.weights, one.weights, atol=1e-3)  # float16: a step of it
+  assert many.counts == one.counts
+  with pytest.raises(
+    ValueError, match="batch_size=6 must be a positive multiple of the 4 devices that label"
+  ):
+    run(tmp_path / "odd", dataset, header, models, spec, batch_size=6, mesh=mesh)
+
+
+def test_the_teacher_s_backward_stops_at_the_tap_and_forms_no_gradient_of_a_parameter(models):
+  """By FLOPs, in closed form: a product of weights costs as much again backward, one of activations twice as much."""
+  (graphdef, params), _ = models
+  B, D, L, V = 2, 16, WINDOW, VOCABULARY
+  tokens = jax.ShapeDtypeStruct((B, L), "int32")
+  batch = {"tokens": tokens, "targets": tokens, "weights": jax.ShapeDtypeStruct((B, L), "float32")}
+  block, head = 2 * B * L * 12 * D * D, 2 * B * L * D * V
+  attention = 2 * 2 * B * L * L * D  # scores and their products with values, every pair of positions
+
+  def gradient(params, batch):
+    teacher = parameters.merge(graphdef, params)
+    inputs = TapInputs.of(batch)
+    upper = label_corpus.upper_half(teacher, inputs, batch, Labelling(LAYER, AttributionSpec()))
+    return hidden_gradient(upper.loss, activations_at(teacher, inputs, LAYER))
+
+  below = block + attention
+  assert count_flops(gradient, params, batch) == below + 2 * (block + head) + 3 * attention
 
 
 STUDENT = ConceptMixingModelSpec(

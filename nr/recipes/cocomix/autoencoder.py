@@ -24,6 +24,7 @@ from nr.recipes.cocomix import language_model, settings
 from nr.recipes.cocomix.method import sparse_autoencoder_method
 from nr.recipes.sections import training_config
 from nr.recipes.stages import Artifact, StageContext
+from nr.training import sharding
 from nr.training.loop import train
 from nr.training.method import Method
 from nr.training.model_files import Model, load_model, save_model
@@ -87,8 +88,12 @@ def trained(context: StageContext, teacher: Model) -> tuple[SparseAutoencoderSpe
   config = context.config
   spec = settings.autoencoder_spec(config)
   training = training_config(config.sae.train, config.seed)
-  data = activation_batches(context, teacher, training.batch_size, training.seed)
-  method = make_method(spec, data.sample(config.sae.sample_tokens))
+  # On the mesh of the training, so that all devices read the teacher, and cached activations are those that
+  # training would compute.
+  with sharding.context(sharding.make_mesh(training.mesh)):
+    data = activation_batches(context, teacher, training.batch_size, training.seed)
+    sample_ND = data.sample(config.sae.sample_tokens)
+  method = make_method(spec, sample_ND)
   tokenizer = context.inputs["tokenizer"]["fingerprint"]
   metadata = {"tokenizer": tokenizer, "spec": spec.to_dict(), "teacher": teacher.fingerprint}
   result = train(training, method, data, (), context.directory, metadata=metadata)

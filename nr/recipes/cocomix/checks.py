@@ -1,5 +1,6 @@
 """What can be refused before any device time is spent, by field, value and remedy."""
 
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from nr.models.concept_intervention import InterventionMode
 from nr.models.concept_mixing_spec import MIXING
 from nr.models.transformer import TransformerSpec
 from nr.recipes.cocomix import autoencoder as autoencoder_stage
-from nr.recipes.cocomix import corpus, settings, text_measures
+from nr.recipes.cocomix import corpus, label_corpus, labels, settings, text_measures
 from nr.recipes.cocomix import teacher as teacher_stage
 from nr.recipes.cocomix.method import sparse_autoencoder_method
 from nr.recipes.cocomix.steering.protocol import REFERENCE_MODE
@@ -37,7 +38,8 @@ def validate(config: Any) -> None:
     ValueError: one line with field, value and remedy.
   """
   _check_fields(config)
-  _check_steering(config)
+  if settings.steered_arm(config) is not None:
+    _check_steering(config)
   given = teacher_stage.open_given(config) if config.teacher.checkpoint else None
   tokenizer = given.tokenizer if given is not None else corpus.given_tokenizer(config)
   vocab_size = config.tokenizer.vocab_size if tokenizer is None else tokenizer.vocab_size
@@ -76,6 +78,7 @@ def check_trainings(config: Any, vocab_size: int, given_teacher: TransformerSpec
     _check_training("students", arm_training(config, arm, 0), method)
 
 
+@functools.cache  # points of a sweep share most of their models
 def _abstract(spec: Any) -> Model:
   """Returns a model whose parameters have shapes and no values."""
   params = jax.eval_shape(lambda: parameters.split(build_model(spec, jax.random.key(0)))[1])
@@ -101,6 +104,12 @@ def _check_fields(config: Any) -> None:
 
 
 def _check_label_kinds(config: Any) -> None:
+  devices = config.labels.devices
+  if not 0 <= devices <= jax.device_count():
+    raise ValueError(
+      f"labels.devices={devices}: there are {jax.device_count()}; give 1 to {jax.device_count()}, or 0 for all"
+    )
+  label_corpus.check_division(config.labels.batch_size, labels.labelling_mesh(config))
   known = [name for name in config.targets if name != "variants"]
   for kind in config.targets.variants:
     for field in config.targets.variants[kind]:

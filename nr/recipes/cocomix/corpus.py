@@ -8,6 +8,7 @@ from nr.data.splits import documents_of_split
 from nr.data.token_dataset import TokenDataset, write_token_dataset
 from nr.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 from nr.generators.checkpoints import open_checkpoint
+from nr.recipes.cocomix import settings
 from nr.recipes.stages import Artifact, StageContext
 
 SPLITS = ("train", "validation")
@@ -52,7 +53,9 @@ def check_sizes(config: Any, tokens: dict[str, int]) -> None:
   rows = config.students.train.batch_size
   if not config.teacher.checkpoint:
     rows = max(rows, config.teacher.train.batch_size)
-  needed = {"train": rows * window, "validation": max(window, steer.prompts * steer.prompt_tokens)}
+  is_steered = settings.steered_arm(config) is not None
+  prompts = steer.prompts * steer.prompt_tokens if is_steered else 0
+  needed = {"train": rows * window, "validation": max(window, prompts)}
   for split, least in needed.items():
     if tokens[split] < least:
       raise ValueError(

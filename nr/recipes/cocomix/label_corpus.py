@@ -20,6 +20,7 @@ from nr.objectives import attribution
 from nr.objectives.attribution import AttributionSpec, ConceptLabels, UpperHalf
 from nr.objectives.label_ranking import Latents, PreActivations
 from nr.objectives.language_modeling import token_nll
+from nr.training import sharding
 
 
 class Labelling(NamedTuple):
@@ -141,6 +142,7 @@ def label_dataset(
   labelling: Labelling,
   *,
   batch_size: int,
+  mesh: jax.sharding.Mesh | None = None,
   progress: bool = True,
 ) -> LabelCache:
   """Labels every token of a dataset, or finishes a run that was stopped, and returns the cache.
@@ -153,10 +155,11 @@ def label_dataset(
     autoencoder: (graph definition, parameters) of the autoencoder.
     labelling: how; layer and variant must be the header's.
     batch_size: windows at a time.
+    mesh: devices that label, each an equal share of a batch with a copy of teacher and autoencoder; None: one.
     progress: whether to show a progress bar.
 
   Raises:
-    ValueError: a header that says another layer or variant.
+    ValueError: a header that says another layer or variant, or a batch that does not divide over the devices.
     DataError: a partial cache in `directory` that was made with something else.
   """
   if (header.layer, dict(header.attribution)) != (labelling.layer, labelling.spec.to_dict()):
@@ -166,17 +169,31 @@ def label_dataset(
     )
   writer = LabelWriter(directory, header)
   source = WindowSource(dataset, header.window, reset_at_documents=header.reset_at_documents)
+  check_division(batch_size, mesh)
   step = make_label_step(teacher[0], autoencoder[0], labelling)
+  params = teacher[1], autoencoder[1]
+  if mesh is not None:
+    params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
   bar = tqdm(total=len(writer.spans), initial=writer.windows_done, desc="labels", unit=" windows",
              disable=not progress)  # fmt: skip
-  with bar:
+  with bar, sharding.context(mesh):
     for spans in writer.remaining(batch_size):
       windows = [source.window(span.start) for span in spans]
       windows += [windows[-1]] * (batch_size - len(windows))  # one shape, one compilation
       batch = {name: np.stack([window[name] for window in windows]) for name in windows[0]}
-      writer.write(spans, *jax.device_get(step(teacher[1], autoencoder[1], batch)))
+      writer.write(spans, *jax.device_get(step(*params, sharding.put_batch(batch, mesh))))
       bar.update(len(spans))
   return writer.finish()
+
+
+def check_division(batch_size: int, mesh: jax.sharding.Mesh | None) -> None:
+  """Raises ValueError when windows labelled at a time are not shared equally by the devices."""
+  devices = 1 if mesh is None else mesh.size
+  if batch_size < 1 or batch_size % devices:
+    raise ValueError(
+      f"labels.batch_size={batch_size} must be a positive multiple of the {devices} devices that label; change it, "
+      "or set labels.devices to fewer"
+    )
 
 
 def make_header(

@@ -9,14 +9,17 @@ folder, in which those of `targets` itself lie directly. Where labels are made i
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from nr.data.concept_labels import LabelCache, latent_counts
 from nr.data.token_dataset import TokenDataset
+from nr.evaluation.flops import count_flops
 from nr.objectives.attribution import AttributionSpec
-from nr.recipes.cocomix import corpus, settings
-from nr.recipes.cocomix.label_corpus import Labelling, label_dataset, make_header
+from nr.recipes.cocomix import corpus, language_model, settings
+from nr.recipes.cocomix.label_corpus import Labelling, label_dataset, make_header, make_label_step
 from nr.recipes.stages import Artifact, StageContext
+from nr.training import sharding
 from nr.training.model_files import Model, load_model
 
 
@@ -76,6 +79,7 @@ def label_variant(
       (autoencoder.graphdef, autoencoder.params),
       job,
       batch_size=config.labels.batch_size,
+      mesh=labelling_mesh(config),
     )
     artifact["splits"][split] = {
       "directory": context.relative(directory / split),
@@ -91,9 +95,26 @@ def label_variant(
     fewer_than_labels=artifact["splits"][counted]["fewer_than_labels"],
     coverage=artifact["splits"][counted]["coverage"],
     label_entropy=_entropy(counts),
+    flops_per_token=flops_per_token(context, job, teacher, autoencoder),
     tokens=int(sum(split["scored"] for split in artifact["splits"].values())),
   )
   return artifact
+
+
+def labelling_mesh(config: Any) -> jax.sharding.Mesh:
+  """Returns the devices that label."""
+  return sharding.make_mesh({"data": config.labels.devices or -1, "fsdp": 1, "tensor": 1, "sequence": 1})
+
+
+def flops_per_token(context: StageContext, job: Labelling, teacher: Model, autoencoder: Model) -> float:
+  """Counts the FLOPs that the labels of one token cost, once: windows that overlap read a token more than once."""
+  config = context.config
+  rows, length = config.labels.batch_size, config.window.length
+  window = language_model.window_source(context, "validation", tail="pad")[0]
+  batch = {name: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype) for name, value in window.items()}
+  step = make_label_step(teacher.graphdef, autoencoder.graphdef, job)
+  flops = count_flops(step, teacher.params, autoencoder.params, batch)
+  return flops / (rows * (config.labels.stride or length))
 
 
 def _is_cached(config: Any, name: str) -> bool:

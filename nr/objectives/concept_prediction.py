@@ -23,12 +23,14 @@ class ConceptPredictionLoss(NamedTuple):
   Attributes:
     loss: nats, weighted over scored positions. At least the entropy of the labels'
       weights when labels are distinct: ln(labels a position) where they are equal.
+    excess: nats, how much of the loss is above that entropy.
     recall: fraction of labels among the selected concepts, over labels.
     recall_first: fraction of labels among as many of the largest concepts as
       there are label slots.
   """
 
   loss: Weighted
+  excess: Weighted
   recall: Weighted
   recall_first: Weighted
 
@@ -66,13 +68,16 @@ def concept_prediction_loss(
   weights_BL = jnp.ones(total_BL.shape) if weights_BL is None else weights_BL.astype(jnp.float32)
   weights_BL = jnp.where(total_BL > 0, weights_BL, 0.0)
   label_sum_BL = jnp.where(is_label_BLA, share_BLA * label_logits_BLA.astype(jnp.float32), 0.0).sum(axis=-1)
-  loss_BL = log_normalizer_BL - label_sum_BL / jnp.where(total_BL > 0, total_BL, 1.0)
+  safe_BL = jnp.where(total_BL > 0, total_BL, 1.0)
+  loss_BL = log_normalizer_BL - label_sum_BL / safe_BL
+  least_BL = jax.scipy.special.entr(share_BLA / safe_BL[..., None]).sum(axis=-1)
 
   is_hit_BLAK = labels_BLA.astype(jnp.int32)[..., None] == indices_BLK[..., None, :]
   label_weights_BLA = jnp.where(is_label_BLA, weights_BL[..., None], 0.0)
   first = min(labels_BLA.shape[-1], indices_BLK.shape[-1])
   return ConceptPredictionLoss(
     loss=Weighted.of(loss_BL, weights_BL),
+    excess=Weighted.of(loss_BL - least_BL, weights_BL),
     recall=Weighted.of(is_hit_BLAK.any(axis=-1), label_weights_BLA),
     recall_first=Weighted.of(is_hit_BLAK[..., :first].any(axis=-1), label_weights_BLA),
   )

@@ -398,6 +398,36 @@ def test_23_before_and_after_agree_on_active_latents_of_every_form(gpt2, setting
   np.testing.assert_allclose(scores.sum(-1), along, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("decoder_norm", ["unit", "scaled"])
+def test_23_a_gated_latent_before_its_activation_is_what_its_gate_reads(gpt2, decoder_norm):
+  """Against NumPy, over all latents and over those that are active; after it, magnitudes count."""
+  spec = in_double(SparseAutoencoderSpec(WIDTH, LATENTS, ACTIVE, arch="gated", decoder_norm=decoder_norm))
+  sae = perturbed(SparseAutoencoder(spec, rngs=nnx.Rngs(6)), 7)
+  p = jax.tree.map(np.asarray, parameters.split(sae)[1])
+  u = sae.normalise(gpt2.hidden).values_TD
+  product = (np.asarray(u) - p["pre_bias"]) @ p["encoder"]["kernel"]
+  gate, rows = product + p["gate_bias"], p["decoder"]["kernel"]
+  norms = np.linalg.norm(rows, axis=-1) if decoder_norm == "scaled" else 1.0
+  magnitude = np.exp(p["magnitude_scale"]) * product + p["magnitude_bias"]
+  # Free rows: either way activation times row is what is decoded, and a gate scales with its row.
+  post = np.where(gate > 0, np.maximum(magnitude, 0), 0) * norms
+  code, gradient = sae.encode(u), gpt2.gradients["future", "original"]
+  scored = np.ones((BATCH, LENGTH), bool)
+  found = {}
+  for act, restrict_active in itertools.product(("post", "pre"), (True, False)):
+    variant = AttributionSpec(act=act, restrict_active=restrict_active)
+    ranking = attribution.rank(label_corpus.read_latents(sae, u, code, act), gradient, variant, 7)
+    labels = attribution.select_labels(ranking, jnp.asarray(scored), variant).labels_BLA
+    unit = rows / norms[:, None] if decoder_norm == "scaled" else rows
+    expected, _, positive = dense_labels(post, gate * norms, unit, gradient, scored, variant)
+    np.testing.assert_array_equal(labels, expected, err_msg=f"{act} {restrict_active}")
+    np.testing.assert_array_equal(ranking.positive_BL, positive)
+    found[act, restrict_active] = np.asarray(labels)
+  # Gate and magnitude of an active latent differ, so that even among active ones the order does.
+  assert (found["pre", True] != found["post", True]).any()
+  assert (found["pre", True] != found["pre", False]).any()
+
+
 def latents_of(indices, values=None, num_latents=10):
   values = np.ones(np.shape(indices)) if values is None else np.asarray(values, float)
   return Latents(
@@ -490,6 +520,12 @@ def test_weighted_labels_weigh_their_cross_entropies():
   expected = (share * (normaliser[..., None] - picked)).sum()
   np.testing.assert_allclose(loss(weights_BLA=weights).total, expected, rtol=1e-6)
   assert loss(weights_BLA=weights).weight == 4
+  # What is above the entropy of the shares is the divergence of the prediction from them.
+  log_share = np.log(np.where(share > 0, share, 1))
+  scored = concept_prediction_loss(normaliser, picked, labels, safe, weights_BLA=weights)
+  divergence = (share * (log_share - picked + normaliser[..., None])).sum()
+  np.testing.assert_allclose(scored.excess.total, divergence, rtol=1e-5)
+  assert scored.excess.weight == 4 and 0 < scored.excess.total < scored.loss.total
   np.testing.assert_allclose(loss(weights_BLA=7 * weights).total, expected, rtol=1e-6)
   equal = loss(weights_BLA=np.full((2, 3, 4), 0.25, np.float32))
   np.testing.assert_allclose(equal.total, loss().total, rtol=1e-6)

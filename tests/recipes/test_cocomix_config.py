@@ -109,6 +109,27 @@ def test_01_the_paper_s_students_have_their_published_sizes(variant, counts):
   )
   assert (train.clip, train.schedule.final_fraction, config.seed) == (1.0, 0.1, 22)
   assert settings.attribution_spec(config) == AttributionSpec.parity()
+  for arm in arms:  # as the released code trains, whatever its configs say
+    spec = settings.student_spec(config, arm, GPT2.vocab_size)
+    transformer = getattr(spec, "transformer", spec)
+    assert (transformer.dropout, transformer.use_bias, transformer.max_length) == (0.1, True, 1024)
+    assert transformer.dtype == "bfloat16"  # of all arms: a loss is never compared across types
+  concepts = settings.student_spec(config, "cocomix", GPT2.vocab_size).concepts
+  assert (concepts.num_concepts, concepts.top_k, concepts.norm) == (32_768, 32, "reference")
+  assert (config.teacher.tap_layer, config.students.arms.kd.kd_weight) == (5, 0.1)
+
+
+@pytest.mark.parametrize("variant", ["paper_69m", "paper_386m", "paper_1b"])
+def test_a_baseline_with_heads_of_64_can_be_turned_on(variant):
+  config = CONFIG.get_config(variant)
+  assert "ntp_aligned" not in settings.arm_names(config)
+  config.students.arms.ntp_aligned.concept.mode = "none"
+  aligned, cocomix = (
+    settings.student_spec(config, arm, GPT2.vocab_size) for arm in ("ntp_aligned", "cocomix")
+  )
+  assert aligned.head_dim == 64
+  ratio = students.activated_parameters(aligned) / students.activated_parameters(cocomix)
+  assert 1 < ratio < 1.06
 
 
 @pytest.mark.parametrize(
@@ -136,6 +157,8 @@ def test_01_the_paper_s_students_have_their_published_sizes(variant, counts):
       r"steer.arm='ntp' is no arm whose concepts reach the stream; choose one of cocomix",
     ),
     ({"targets.source": "on-line"}, r"targets.source='on-line' is unknown: did you mean 'online'"),
+    ({"labels.devices": 9}, r"labels.devices=9: there are 8; give 1 to 8, or 0 for all"),
+    ({"labels.batch_size": 12}, r"labels.batch_size=12 must be a positive multiple of the 8 devices"),
     ({"window.shift": "epochs"}, r"window.shift='epochs' is unknown: did you mean 'epoch'"),
     ({"students.train.steps": 10}, r"students.train: .*warmup_steps.*20"),
     ({"teacher.train.optimizer.name": "adamw2"}, r"teacher.train: .*adamw2.*is unknown"),
@@ -150,6 +173,15 @@ def test_bad_settings_are_named_with_a_remedy(changes, message):
   config.update_from_flattened_dict(changes)
   with pytest.raises(ValueError, match=message):
     cocomix.validate(config)
+
+
+def test_steering_is_checked_only_where_an_arm_is_steered():
+  config = CONFIG.get_config("tiny")
+  config.steer.new_tokens = config.window.length
+  with pytest.raises(ValueError, match="steer.prompt_tokens"):
+    cocomix.validate(config)
+  config.students.arms.cocomix.concept.mode = "pause"
+  cocomix.validate(config)
 
 
 def test_unknown_variants_name_the_nearest():

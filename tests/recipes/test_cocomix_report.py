@@ -1,7 +1,38 @@
-"""What the report says of its surroundings."""
+"""What the report says of labels, and of its surroundings."""
 
+import importlib
+
+from nr.objectives.attribution import AttributionSpec
 from nr.recipes import environment
-from nr.recipes.cocomix import report
+from nr.recipes.cocomix import report, report_text, settings
+
+
+def test_kinds_of_labels_are_told_apart_by_what_differs():
+  """Candidates of Eq. 1 are all latents; of labels after the activation function, those that are active."""
+  config = importlib.import_module("configs.cocomix").get_config("miniature")
+  variants = {"eq_1": {"act": "pre", "restrict_active": False}, "online": {"source": "online"}}
+  with config.unlocked():
+    config.targets.variants = variants
+  config.students.arms.cocomix.labels = "eq_1"
+  kinds = report.label_kinds(config)
+  assert [kind["arms"] for kind in kinds.values()] == [[], ["cocomix"], []]
+  assert kinds["online"]["variant"] == kinds["targets"]["variant"] != kinds["eq_1"]["variant"]
+  assert settings.attribution_id(AttributionSpec()) == kinds["targets"]["variant"]
+
+  def counted(kind):
+    header = {"attribution": settings.attribution_spec(config, kind).to_dict()}
+    numbers = dict(fewer_than_labels=0.25, coverage=0.5, label_entropy=3.0, flops_per_token=2e6)
+    return {"mean_positive": 7.0 + len(kind), "splits": {"validation": {"header": header}}, **numbers}
+
+  labels = {**counted(""), "variant": kinds["targets"]["variant"]}
+  labels["variants"] = {kinds["eq_1"]["variant"]: counted("eq_1")}
+  rows = report_text.labels({"labels": labels, "label_kinds": kinds}).splitlines()[2:]
+  shared = "25.0% | 50.0% | 3.000 | 2.00 M |"
+  assert rows == [
+    f"| targets: nothing | none | 7.00 of the active latents | {shared}",
+    f"| eq_1: `act=pre`, `restrict_active=False` | CoCoMix | 11.00 of the latents | {shared}",
+    f"| online: nothing | none | 7.00 of the active latents | {shared}",
+  ]
 
 
 def test_without_git_there_is_no_commit(monkeypatch):

@@ -76,7 +76,7 @@ def summary(scores: DocumentScores, seed: int) -> dict[str, Any]:
 
 
 def concept_metrics(context: StageContext, trained: Artifact) -> dict[str, float]:
-  """Returns concept loss (nats) and label recall of a student on its own labels of the validation split."""
+  """Returns concept loss, its excess (nats) and recalls of a student on its own labels of the validation split."""
   model = load_model(context.path(trained["model"]))
   labels = labels_stage.open_labels(context, context.inputs["labels"], "validation", trained["labels"])
   source = language_model.window_source(context, "validation", labels, tail="pad")
@@ -85,11 +85,11 @@ def concept_metrics(context: StageContext, trained: Artifact) -> dict[str, float
   for batch in tqdm(batches, total=len(batches), desc="concepts of validation", unit="batch", leave=False):
     measured = measure_concepts(model.graphdef, model.params, batch)
     total = measured if total is None else [add(first, second) for first, second in zip(total, measured)]
-  loss, recall, recall_first = (float(value.mean()) for value in total)
-  return {"concept_loss": loss, "label_recall": recall, "label_recall_first": recall_first}
+  names = ("concept_loss", "concept_excess", "label_recall", "label_recall_first")
+  return {name: float(value.mean()) for name, value in zip(names, total, strict=True)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def measure_concepts(graphdef: Any, params: Any, batch: dict[str, Any]) -> list[Weighted]:
-  """Returns weighted sums of concept loss, recall among the top k, recall among the first labels."""
+  """Returns the weighted sums of `ConceptPredictionLoss`."""
   return list(run_on_labels(parameters.merge(graphdef, params), batch)[1])

@@ -205,7 +205,7 @@ def _student_loss(
   if output.concepts is not None:
     concept = score_concepts(output, batch)
     extra = extra + settings.loss_weight * concept.loss.total
-    metrics["concept_loss"] = concept.loss
+    metrics.update(concept_loss=concept.loss, concept_excess=concept.excess)
     metrics.update(label_recall=concept.recall, label_recall_first=concept.recall_first)
   if output.regressed_BLE is not None:
     state_BLE = states.tapped_BLE

@@ -6,7 +6,7 @@ import numpy as np
 
 from nr.evaluation import plots
 from nr.evaluation.statistics import Interval
-from nr.recipes.cocomix import report_text
+from nr.recipes.cocomix import report_text, settings
 from nr.recipes.cocomix.steering import page
 from nr.recipes.cocomix.students import run_name
 from nr.recipes.environment import environment
@@ -48,6 +48,8 @@ def gather(context: StageContext) -> dict[str, Any]:
   if "teacher" in inputs:
     report["teacher"] = {key: value for key, value in inputs["teacher"].items() if key != "summary"}
   report.update({name: inputs[name] for name in ("sae", "labels") if name in inputs})
+  if "labels" in inputs:
+    report["label_kinds"] = label_kinds(config)
   report["students"] = students
   report["baseline"] = arms[0]
   report["comparisons"] = {arm: comparison(inputs, students, arm) for arm in arms[1:]}
@@ -58,6 +60,18 @@ def gather(context: StageContext) -> dict[str, Any]:
   report["environment"] = environment()
   report["seconds"] = {name: entry["seconds"] for name, entry in manifest.items() if name != "report"}
   return report
+
+
+def label_kinds(config: Any) -> dict[str, dict[str, Any]]:
+  """Returns of every kind of labels the fingerprint by which section "labels" knows it, and the arms that read it."""
+  arms = [arm for arm in settings.arm_names(config) if settings.predicts_concepts(config, arm)]
+  return {
+    kind or "targets": {
+      "variant": settings.attribution_id(settings.attribution_spec(config, kind)),
+      "arms": [arm for arm in arms if settings.label_kind(config, arm) == kind],
+    }
+    for kind in settings.label_kinds(config)
+  }
 
 
 def comparison(inputs: Any, students: dict[str, Any], arm: str) -> dict[str, Any]:

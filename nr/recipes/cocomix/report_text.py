@@ -3,6 +3,7 @@
 from typing import Any
 
 from nr.evaluation.reports import table
+from nr.objectives.attribution import AttributionSpec
 from nr.recipes.cocomix.steering import page
 
 NAMES = {"ntp": "next-token baseline", "cocomix": "CoCoMix"}
@@ -25,10 +26,12 @@ def render(report: dict[str, Any]) -> str:
   if len(report["comparisons"]) > 1:
     sections[2:2] = [comparisons(report)]
   if "teacher" in report:
-    sections += ["## Teacher, sparse autoencoder, labels", upstream(report)]
+    sections += ["## Teacher and sparse autoencoder", upstream(report)]
   if "sae" in report:
     sections += [] if "checkpoint" in report["sae"] else ["![autoencoder](plots/sae.png)"]
     sections += ["![density](plots/sae_density.png)"]
+  if "labels" in report:
+    sections += ["## Labels", labels(report)]
   if "steering" in report:
     sections += ["## Concepts", page.concepts(report["steering"])]
     sections += ["## Steering", page.steering(report["steering"])]
@@ -131,16 +134,15 @@ def students(report: dict[str, Any]) -> str:
     "forward FLOPs/token",
   ]
   notes = [
-    f"{name_of(arm)}: concept loss on validation {entry['concept_loss']:.4f} nats; {entry['label_recall']:.1%} of its "
-    "labels are among the concepts it selects."
+    f"{name_of(arm)}: concept loss on validation {entry['concept_loss']:.4f} nats, {entry['concept_excess']:.4f} above "
+    f"the entropy of its labels' weights, below which it cannot fall; {entry['label_recall']:.1%} of its labels are "
+    f"among the concepts it selects, {entry['label_recall_first']:.1%} among as many of the largest as labels."
     for arm, entry in report["students"].items()
     if "concept_loss" in entry
   ]
-  if notes:
-    notes.append("Four distinct labels of equal weight allow no concept loss below ln 4 = 1.3863.")
   notes.append(
     "FLOPs are those of matrix products, counted from the traced program; training is forward and backward, and "
-    "what runs of the teacher in the train step. Making a cache of labels is not counted."
+    "what runs of the teacher in the train step. What a cache of labels costs, once, is in the table of labels."
   )
   return f"{table(header, rows)}\n\n{' '.join(notes)}"
 
@@ -167,7 +169,7 @@ def upstream(report: dict[str, Any]) -> str:
     ["teacher: bits/byte", teacher["bits_per_byte"]],
   ]
   if "sae" in report:
-    sae, labels = report["sae"], report["labels"]
+    sae = report["sae"]
     rows += [
       ["autoencoder: fraction of variance unexplained", sae["fvu"]],
       ["autoencoder: active latents a token (L0)", sae["l0"]],
@@ -177,11 +179,53 @@ def upstream(report: dict[str, Any]) -> str:
       ],
       ["autoencoder: loss added by its reconstruction, nats", sae["delta_ce"]],
       ["autoencoder: loss recovered against zero ablation", f"{sae['loss_recovered']:.1%}"],
-      ["labels: active latents with a positive score, mean", labels["mean_positive"]],
-      ["labels: latents ever used as a label", f"{labels['coverage']:.1%}"],
-      ["labels: positions with fewer positive scores than labels", f"{labels['fewer_than_labels']:.1%}"],
     ]
   return table(["quantity", "value"], rows)
+
+
+def labels(report: dict[str, Any]) -> str:
+  """Returns the table of the kinds of labels."""
+  rows = []
+  for kind, said in report["label_kinds"].items():
+    found = report["labels"]
+    if said["variant"] != found["variant"]:
+      found = found["variants"][said["variant"]]
+    splits = found["splits"]
+    spec = splits.get("train", splits["validation"])["header"]["attribution"]
+    rows.append(
+      [
+        f"{kind}: {settings_of(spec)}",
+        ", ".join(name_of(arm) for arm in said["arms"]) or "none",
+        f"{found['mean_positive']:.2f} of the {candidates(spec)}",
+        f"{found['fewer_than_labels']:.1%}",
+        f"{found['coverage']:.1%}",
+        f"{found['label_entropy']:.3f}",
+        f"{found['flops_per_token'] / 1e6:.2f} M",
+      ]
+    )
+  header = [
+    "kind: what differs from the recommended settings",
+    "read by",
+    "candidates with a positive score, mean",
+    "positions with fewer of them than labels",
+    "latents ever a label",
+    "entropy of labels, nats",
+    "FLOPs to make a token's, once",
+  ]
+  return table(header, rows)
+
+
+def settings_of(attribution: dict[str, Any]) -> str:
+  """Returns in words how labels differ from the recommended ones."""
+  usual = AttributionSpec().to_dict()
+  changes = [f"{name}={value}" for name, value in attribution.items() if usual[name] != value]
+  return ", ".join(f"`{change}`" for change in changes) or "nothing"
+
+
+def candidates(attribution: dict[str, Any]) -> str:
+  """Returns which latents have scores: after its activation function a latent that is not active has none."""
+  is_all = attribution["act"] == "pre" and not attribution["restrict_active"]
+  return "latents" if is_all else "active latents"
 
 
 def run(report: dict[str, Any]) -> str:

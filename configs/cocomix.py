@@ -360,7 +360,7 @@ def _steer() -> ConfigDict:
     {
       "arm": "",  # whose concepts are steered; "": the first arm whose concepts reach the stream
       "concepts": (),  # swept, by number; (): the num_concepts that are most often labels
-      "num_concepts": 4,
+      "num_concepts": 8,
       "table_concepts": 20,  # concepts listed with what names them
       "contexts": 5,  # contexts listed for each
       "max_windows": 512,  # validation windows searched for contexts; 0: all
@@ -375,7 +375,7 @@ def _steer() -> ConfigDict:
       "num_keywords": 8,
       "keywords": {},
       "top_tokens": 20,  # most promoted tokens in which student and teacher are compared
-      "prompts": 24,
+      "prompts": 16,
       "prompt_tokens": 32,
       "new_tokens": 32,
       "temperature": 0.8,

@@ -47,7 +47,7 @@ def test_shifts_are_those_of_the_logits_and_none_without_an_edit():
 
 def test_strengths_that_change_nothing_change_nothing():
   for mode, strength in (("scale_pre", 1.0), ("scale_post", 1.0), ("add", 0.0)):
-    found = steering.shift(PARTS, PROMPTS, 7, mode, [None, strength])
+    found = steering.shift(PARTS, PROMPTS, 7, mode, [None, *[strength] * 4])  # one program for all tests
     np.testing.assert_array_equal(found.log_ratio_SPV[1], found.log_ratio_SPV[0])
     np.testing.assert_allclose(found.log_ratio_SPV, 0.0, atol=2e-6)
 

@@ -37,19 +37,25 @@ def logits(tokens, intervention):
   return MODEL(tokens, intervention=intervention)
 
 
+@jax.jit
+def added(intervention):
+  """What an edit adds to the stream."""
+  return MODEL.concepts.mix(*_stream(MODEL, intervention))
+
+
 MODEL = make()
 
 
 def test_without_an_effective_edit_it_is_the_transformer_itself():
   plain = jax.jit(TEACHER.__call__)(TOKENS)
   np.testing.assert_allclose(logits(TOKENS, None), plain, atol=2e-6)
-  np.testing.assert_array_equal(MODEL.concepts.mix(*_stream(MODEL, None)), 0.0)
+  np.testing.assert_array_equal(added(None), 0.0)
   for mode in InterventionMode:
     nowhere = edit(mode.name, 5.0, active_BL=jnp.array([[False]]))
     np.testing.assert_allclose(logits(TOKENS, nowhere), plain, atol=2e-6)
-    np.testing.assert_array_equal(MODEL.concepts.mix(*_stream(MODEL, nowhere)), 0.0)
+    np.testing.assert_array_equal(added(nowhere), 0.0)
   for mode, value in (("scale_pre", 1.0), ("scale_post", 1.0), ("add", 0.0)):
-    np.testing.assert_array_equal(MODEL.concepts.mix(*_stream(MODEL, edit(mode, value))), 0.0)
+    np.testing.assert_array_equal(added(edit(mode, value)), 0.0)
   assert not np.allclose(logits(TOKENS, edit("force", 4.0)), plain, atol=1e-2)
 
 

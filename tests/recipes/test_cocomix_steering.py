@@ -23,6 +23,13 @@ class Letters:
     return "".join("abcdefghijklmnopqrstuvwxy "[each] for each in ids)
 
 
+class Spelled(Letters):
+  """Letters spelled out."""
+
+  def decode(self, ids):
+    return " bee" if list(ids) == [1] else "x"
+
+
 def make_firings(tokens=240, **latents):
   """Firings of latents 0, 1, ... from {latent: places}, values falling from 1."""
   found = [(number, place) for number, places in enumerate(latents.values()) for place in places]
@@ -40,7 +47,8 @@ def test_a_concept_is_named_by_what_it_fires_on_and_what_follows():
   assert naming.fires_on(ON_A, 0, split, split) == [{"token": "a", "score": pytest.approx(1.0)}]
   followers = naming.followed_by(ON_A, 0, split, split)
   assert [row["token"] for row in followers] == ["b"] and followers[0]["score"] > 5
-  assert naming.keywords_of(ON_A, 0, split, split, 4) == ["b"]
+  assert naming.keywords_of(ON_A, 0, split, split, 4) == []  # a letter that many words hold
+  assert naming.keywords_of(ON_A, 0, split, Spelled(), 4) == [" bee"]
   before_spaces = make_firings(latent=range(201, 239, 2))
   assert naming.followed_by(before_spaces, 0, split, split)[0]["token"] == " "
   assert naming.keywords_of(before_spaces, 0, split, split, 4) == []  # a space is no keyword

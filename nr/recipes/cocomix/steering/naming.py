@@ -172,11 +172,16 @@ def keywords_of(
   """Returns up to `count` texts that a judge of the concept looks for: what distinctively follows its firings.
 
   A concept is predicted for the sake of the next token, so what follows its firings is what steering it should
-  bring about. Tokens that are no part of a word (spaces, incomplete characters) are left out.
+  bring about. Left out are tokens that are no part of a word (spaces, incomplete characters), and one or two letters
+  from inside a word, which very many words hold.
   """
   found = followed_by(firings, concept, dataset, tokenizer, 4 * count)
-  words = [row["token"] for row in found if len(row["token"].split()) == 1 and "\ufffd" not in row["token"]]
-  return words[:count]
+  return [row["token"] for row in found if _is_telling(row["token"])][:count]
+
+
+def _is_telling(token: str) -> bool:
+  is_word = len(token.split()) == 1 and "\ufffd" not in token
+  return is_word and (token[0].isspace() or len(token) > 2 or not token.isalpha())
 
 
 def compression_norms(student: Model, use: StudentUse, decay_left: float) -> dict[str, float]:

@@ -118,61 +118,52 @@ def steering(result: Mapping[str, Any]) -> str:
     "that fires as often (steered alike, judged for the first one), and beside the same edit of the same latent of "
     f"the teacher. {len(result['prompts'])} prompts of held-out text.",
     verdict(result["overall"]),
-    table(
-      [
-        "strength",
-        "keywords gained: student",
-        "random concept",
-        "teacher",
-        "latent gained: student",
-        "random concept",
-        "teacher",
-      ],
-      [
-        [
-          row["strength"],
-          *(
-            interval_cell(row[f"{who}{score}_gain"], 3)
-            for score in ("keywords", "latent")
-            for who in ("", "control_", "teacher_")
-          ),
-        ]
-        for row in result["overall"]
-      ],
-    ),
+    effects(result["overall"]),
     "![keywords](plots/steering_keywords.png)\n\n![latent](plots/steering_latent.png)",
     "Means over concepts with Student's 95 % intervals over concepts, of shares of words (keywords) and of tokens "
     "(latent), each minus that of the unedited texts of the same prompts.",
-    table(
-      [
-        "strength",
-        "KL, nats",
-        "perplexity, ratio to unedited",
-        "loss of text without the concept",
-        "of text with it",
-        "rank correlation with the teacher",
-        "of the random concept",
-      ],
-      [
-        [
-          row["strength"],
-          interval_cell(row["kl"], 3),
-          interval_cell(row["ppl_ratio"]),
-          interval_cell(row["neutral_loss_change"], 3),
-          interval_cell(row["related_loss_change"], 3),
-          interval_cell(row["rank_correlation"]),
-          interval_cell(row["control_rank_correlation"]),
-        ]
-        for row in result["overall"]
-      ],
-    ),
+    costs(result["overall"]),
     "![side effects](plots/steering_side_effects.png)\n\n![agreement](plots/steering_agreement.png)",
     "Perplexity of the continuations under the unsteered student (geometric mean of ratios). Loss: change in nats a "
-    "token of the true next tokens when every position is edited.",
+    "token of the true next tokens when every position is edited. Agreement: Spearman's correlation, over all tokens, "
+    "of the changes of log-probability in the student and in the teacher.",
     "![KL](plots/steering_kl.png)\n\n![perplexity](plots/steering_continuation_ppl.png)",
     *(one_concept(swept, result["prompts"][0]) for swept in result["sweeps"]),
   ]
   return "\n\n".join(parts)
+
+
+def effects(overall: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the table of what steering gained, by strength."""
+  fields = [f"{who}{score}_gain" for score in ("keywords", "latent") for who in ("", "control_", "teacher_")]
+  header = [
+    "strength",
+    "keywords gained: student",
+    "random concept",
+    "teacher",
+    "latent gained: student",
+    "random concept",
+    "teacher",
+  ]
+  rows = [[row["strength"], *(interval_cell(row[field], 3) for field in fields)] for row in overall]
+  return table(header, rows)
+
+
+def costs(overall: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the table of what steering cost, and of its agreement with the teacher, by strength."""
+  columns = {
+    "KL, nats": ("kl", 3),
+    "perplexity, ratio to unedited": ("ppl_ratio", 2),
+    "loss of text without the concept": ("neutral_loss_change", 3),
+    "of text with it": ("related_loss_change", 3),
+    "rank correlation with the teacher": ("rank_correlation", 2),
+    "of the random concept": ("control_rank_correlation", 2),
+  }
+  rows = [
+    [row["strength"], *(interval_cell(row[field], digits) for field, digits in columns.values())]
+    for row in overall
+  ]
+  return table(["strength", *columns], rows)
 
 
 def verdict(overall: Sequence[Mapping[str, Any]]) -> str:

@@ -38,8 +38,8 @@ from nr.training.model_files import Model
 CONTROL_NEIGHBOURS = 8
 """Concepts nearest in firing frequency, of which one is drawn as control."""
 
-IDENTITY = {"scale_pre": 1.0, "scale_post": 1.0, "add": 0.0}
-"""Strengths that change nothing, of the modes that have one."""
+RESAMPLES = 2000
+"""Bootstrap samples of an interval; there are hundreds of intervals."""
 
 REFERENCE_MODE = "force_reference"
 """Mode force_value in units of a stored reference: the largest coefficient a concept had on held-out text."""
@@ -176,7 +176,8 @@ class Protocol:
     known_P = np.isfinite(values_P) & (weights_P > 0)
     if not known_P.any():
       return None
-    return bootstrap_ratio(values_P[known_P], weights_P[known_P], seed=self.seed)._asdict()
+    found = bootstrap_ratio(values_P[known_P], weights_P[known_P], seed=self.seed, samples=RESAMPLES)
+    return found._asdict()
 
   def points(self, measured: Measured) -> list[dict[str, Any]]:
     """Returns a row for each strength; gains are differences from the unedited texts of the same prompts."""

@@ -116,6 +116,9 @@ def test_01_the_paper_s_students_have_their_published_sizes(variant, counts):
     assert transformer.dtype == "bfloat16"  # of all arms: a loss is never compared across types
   concepts = settings.student_spec(config, "cocomix", GPT2.vocab_size).concepts
   assert (concepts.num_concepts, concepts.top_k, concepts.norm) == (32_768, 32, "reference")
+  # Insertion (blocks before it), windows of a batch, learning rate.
+  table = {"paper_69m": (3, 512, 6e-4), "paper_386m": (5, 512, 3e-4), "paper_1b": (5, 1024, 2e-4)}
+  assert (concepts.insert_at, train.batch_size, optimizer.learning_rate) == table[variant]
   assert (config.teacher.tap_layer, config.students.arms.kd.kd_weight) == (5, 0.1)
 
 

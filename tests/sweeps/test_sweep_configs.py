@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from nr.recipes.cocomix import settings, students
 from nr.sweep import check
 from nr.sweeps.points import expand, load_sweep, sweeps_of
 from nr.sweeps.results import read_metrics
@@ -82,3 +83,23 @@ def test_a_baseline_is_as_wide_as_what_cocomix_activates():
   assert points[512]["students.arms.ntp.model.model_dim"] == 100
   widths = [points[count]["students.arms.ntp.model.model_dim"] for count in sorted(points)]
   assert widths == sorted(widths) and all(width % 2 == 0 for width in widths)
+
+
+def test_the_llama_baseline_has_what_cocomix_activates():
+  point = points_of("cocomix", "backbone")[1].overrides
+  config = config_of("cocomix")
+  config.update_from_flattened_dict(point)
+  counts = {
+    arm: students.activated_parameters(settings.student_spec(config, arm, 2048)) for arm in ("ntp", "cocomix")
+  }
+  assert counts["cocomix"] - counts["ntp"] == 0, counts
+
+
+def test_the_sign_is_swept_first():
+  cocomix = sweeps_of(FOLDER / "cocomix.py")
+  assert next(iter(cocomix)) == "sign"
+  grid = {tuple(point.overrides.values()) for point in points_of("cocomix", "sign_and_attribution")}
+  assert len(grid) == 3 * 2 * 2
+  values = {tuple(sorted(point.overrides.items())) for point in points_of("cocomix", "attribution")}
+  said = {field.removeprefix("targets.") for point in values for field, _ in point}
+  assert {"act", "scope", "eval_point", "criterion"} <= said

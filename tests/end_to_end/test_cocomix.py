@@ -1,5 +1,6 @@
 """A miniature of the main job, as a user runs it: every stage, every key of the report, and faults."""
 
+import importlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import time
 import numpy as np
 import pytest
 
+from nr import main
 from nr.recipes.cocomix.steering.open_run import open_run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -180,8 +182,6 @@ def test_another_config_is_refused_in_one_line(finished):
     (("--config=configs/cocomix.py:minature",), "did you mean 'miniature'"),
     (("--config=configs/nowhere.py",), "nowhere.py"),
     (("--stage=lables",), "did you mean 'labels'"),
-    (("--stage=labels",), "needs the finished stage 'tokenizer'"),
-    (("--config.targets.k_attr=9",), "k_attr=9 is above the 8 active latents"),
   ],
 )
 def test_mistakes_are_answered_in_one_line(tmp_path, flags, words):
@@ -190,6 +190,20 @@ def test_mistakes_are_answered_in_one_line(tmp_path, flags, words):
   lines = result.stderr.strip().splitlines()
   assert lines[-1].startswith("error: ") and words in lines[-1]
   assert "Traceback (most recent call last)" not in result.stderr
+
+
+def refusal(workdir, stage, **changes):
+  """The line in which a run in this process is refused; `changes` by dotted name."""
+  config = importlib.import_module("configs.cocomix").get_config("miniature")
+  config.update_from_flattened_dict(changes)
+  with pytest.raises((ValueError, RuntimeError)) as caught:  # which the command line turns into one line
+    main.run(config, workdir, stage)
+  return main.one_line(caught.value)
+
+
+def test_what_cannot_run_is_refused_by_what_is_missing(tmp_path):
+  assert "needs the finished stage 'tokenizer'" in refusal(tmp_path, "labels")
+  assert "k_attr=9 is above the 8 active latents" in refusal(tmp_path, None, **{"targets.k_attr": 9})
 
 
 @pytest.mark.parametrize(
@@ -207,15 +221,9 @@ def test_mistakes_are_answered_in_one_line(tmp_path, flags, words):
 def test_bad_corpora_are_answered_in_one_line(tmp_path, make, words):
   corpus = tmp_path / "corpus.txt"
   make(corpus)
-  result = run(
-    tmp_path / "run",
-    f"--config.corpus.name={corpus}",
-    "--config.corpus.text_unit=blank_line",
-    "--stage=tokenizer",
-  )
-  assert result.returncode == 1
-  last = result.stderr.strip().splitlines()[-1]
-  assert last.startswith("error: ") and any(word in last for word in words), last
+  changes = {"corpus.name": str(corpus), "corpus.text_unit": "blank_line"}
+  line = refusal(tmp_path / "run", "tokenizer", **changes)
+  assert any(word in line for word in words), line
 
 
 @pytest.mark.slow

@@ -269,7 +269,8 @@ def _arm(model: ConfigDict, mode: str, *, insert_at: int = 0, top_k: int = 1, **
       "insert_every": 1,  # n: a row behind every n-th token only (ours)
       "mlp_dim": 0,  # of mode hidden: hidden width of its MLP, 0 for 4 x the model's (the paper names none)
       "refinements": 0,  # of mode thought: passes in which thoughts see earlier thoughts
-      "head_impl": "dense",  # or "fused": logits of a chunk of positions at a time, for many concepts
+      "head_impl": "dense",  # or "fused": logits of `concept_chunk` concepts at a time, for many concepts
+      "concept_chunk": 4096,
       "compression_impl": "gather",  # or "dense"; the same result
       "top_k_impl": "chunked",
     },
@@ -445,19 +446,22 @@ _PAPER_SIZES = {
   "paper_69m": dict(
     model_dim=512, baseline_dim=624, aligned_dim=640, num_layers=8, num_heads=8, insert_at=3,
     batch_size=512, learning_rate=6e-4, steps=40_000, warmup_steps=130,
+    topology="v5e:2x4", accumulation=8,
   ),
   "paper_386m": dict(
     model_dim=1024, baseline_dim=1072, aligned_dim=1088, num_layers=24, num_heads=16, insert_at=5,
     batch_size=512, learning_rate=3e-4, steps=40_000, warmup_steps=130,
+    topology="v5e:4x4", accumulation=8,
   ),
   "paper_1b": dict(  # the paper prints width 2028, which 16 heads do not divide; its code has 2048
     model_dim=2048, baseline_dim=2096, aligned_dim=2112, num_layers=24, num_heads=16, insert_at=5,
     batch_size=1024, learning_rate=2e-4, steps=20_000, warmup_steps=65,
+    topology="v5e:4x4", accumulation=32,
   ),
 }  # fmt: skip
 """Published sizes, batches (windows of 1024 tokens), learning rates and lengths; insertions and widths of
 baselines as the released configs have them. Warm-up: the code's; the paper says 1/300 of the steps. Ours: the
-TPU slice, and microbatches that fit on it (benchmarks/compile_report.py; exact, see `make_train_step`), and
+TPU slice, and microbatches for it (exact, see `make_train_step`; benchmarks/compile_report.py says what they need), and
 `aligned_dim`, the width of a baseline whose heads have 64 numbers instead of 78, 67 or 131."""
 
 
@@ -527,16 +531,20 @@ def _make_paper(config: ConfigDict, variant: str) -> None:
     config.students.train = training_section(
       steps=size["steps"],
       batch_size=size["batch_size"],
+      accumulation=size["accumulation"],
       optimizer__learning_rate=size["learning_rate"],
       optimizer__weight_decay=0.1,
       schedule__warmup_steps=size["warmup_steps"],
       mesh__data=1,
-      mesh__fsdp=-1,
+      mesh__fsdp=-1,  # all chips of the slice
       eval_every=1000,
       checkpoint__every=1000,
       checkpoint__keep=2,
     )
     config.evaluate.batch_size = 64
+    # The slice that mesh and microbatches are made for. It is read by benchmarks/compile_report.py, which
+    # compiles the train steps for it; a run takes the devices that there are.
+    config.tpu = ConfigDict({"topology": size["topology"]})
 
 
 def _make_small_gpu(config: ConfigDict) -> None:

@@ -35,6 +35,7 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
+from nr.evaluation.collectives import count_collectives  # noqa: E402
 from nr.models.concept_mixing import ConceptMixingSpec  # noqa: E402
 from nr.models.transformer import TransformerSpec  # noqa: E402
 from nr.recipes.cocomix.method import cocomix_method  # noqa: E402
@@ -50,14 +51,6 @@ MODES = {"dp": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "tp": (1, 1, 8, 1), "fsdp+tp"
 # num_layers, model_dim, vocab_size, num_concepts, insert_at, rows, length.
 # The paper's 69M student (arXiv 2502.08524), vocabulary padded to a multiple of 128.
 SIZES = {"tiny": (3, 128, 256, 256, 1, 16, 32), "paper": (8, 512, 50304, 32768, 3, 64, 1024)}
-
-
-def collectives(text: str) -> dict[str, int]:
-  """Counts collectives in compiled HLO; a reduce-scatter is a fusion of its own name on TPU."""
-  names = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-  counts = {name: len(re.findall(rf"\s{name}(?:-start)?\(", text)) for name in names}
-  counts["reduce-scatter"] += len(re.findall(r"^%all-reduce-scatter", text, re.M))
-  return counts
 
 
 def largest_gather(text: str) -> int:
@@ -133,7 +126,7 @@ def main() -> None:
       memory = compiled.memory_analysis()
       report = {
         "program": f"{name} {mode}",
-        "collectives": collectives(compiled.as_text()),
+        "collectives": count_collectives(compiled.as_text()),
         "largest_gather": largest_gather(compiled.as_text()),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,

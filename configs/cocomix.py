@@ -361,7 +361,7 @@ def _steer() -> ConfigDict:
     {
       "arm": "",  # whose concepts are steered; "": the first arm whose concepts reach the stream
       "concepts": (),  # swept, by number; (): the num_concepts that are most often labels
-      "num_concepts": 8,
+      "num_concepts": 6,
       "table_concepts": 20,  # concepts listed with what names them
       "contexts": 5,  # contexts listed for each
       "max_windows": 512,  # validation windows searched for contexts; 0: all

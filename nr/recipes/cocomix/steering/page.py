@@ -168,20 +168,26 @@ def costs(overall: Sequence[Mapping[str, Any]]) -> str:
 
 def verdict(overall: Sequence[Mapping[str, Any]]) -> str:
   """Says plainly whether steering did what it should, at the strength that did most of it."""
-  known = [row for row in overall if row["latent_over_control"] is not None]
-  best = max(known, key=lambda row: row["latent_over_control"]["estimate"])
-  found = best["latent_over_control"]
-  low, high = found["low"], found["high"]
-  if best["concepts"] < 2:
+  if overall[0]["concepts"] < 2:
     return "One concept alone says nothing of others: there is no interval over concepts."
-  sure = "excludes" if low > 0 or high < 0 else "includes"
-  return (
-    f"At its most effective strength ({number(best['strength'])}) steering makes the concept's latent fire on "
-    f"**{100 * found['estimate']:+.1f} percentage points** of the tokens of a text, against steering by a random "
-    f"concept (95 % interval over {best['concepts']} concepts {100 * low:+.1f} to {100 * high:+.1f}, which {sure} 0; "
-    f"the strength was chosen among {len(overall)}), at {interval_cell(best['ppl_ratio'])} times the perplexity of "
-    "unedited text."
-  )
+  sentences = []
+  for field, what in (
+    ("keywords_over_control", "words with a keyword of the concept"),
+    ("latent_over_control", "tokens on which the concept's latent fires"),
+  ):
+    known = [row for row in overall if row[field] is not None]
+    if not known:
+      continue
+    best = max(known, key=lambda row: row[field]["estimate"])
+    estimate, low, high = (100 * best[field][name] for name in ("estimate", "low", "high"))
+    sure = "excludes" if low > 0 or high < 0 else "includes"
+    sentences.append(
+      f"Share of {what}: **{estimate:+.1f} percentage points** over text steered by a random concept (95 % interval "
+      f"over {best['concepts']} concepts {low:+.1f} to {high:+.1f}, which {sure} 0), at strength "
+      f"{number(best['strength'])}, chosen among {len(overall)}; perplexity there is "
+      f"{interval_cell(best['ppl_ratio'])} times that of unedited text."
+    )
+  return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def one_concept(swept: Mapping[str, Any], prompt: str) -> str:

@@ -29,6 +29,10 @@ and ours with one saving switched off (specification 11.2):
 All start from the same weights and tokens; losses are compared step by step. Labels tie at
 the last position of a window (no loss depends on it) and are arbitrary there, in the reference
 too: concept losses then differ by about a part in the window's length of their spread.
+Besides the time on the clock there is that of the processor, which does not count what other programs
+did meanwhile: with --threads=1 it is what the clock would show on a quiet machine, and the one to
+read where the load average is above the cores.
+
 A step is forward, backward, clipping and AdamW; dropout is 0. On CPU PyTorch runs in float32 with
 fused kernels for attention; --torch_compile=1 compiles the reference's modules as its config asks.
 """
@@ -116,13 +120,16 @@ def measure_once(side: str, folder: str, cache: str, arguments: argparse.Namespa
 
 def summarise(rounds: list[dict], tokens: int) -> dict:
   """Medians over rounds of one side."""
-  per_round = [statistics.median(result["seconds"]) for result in rounds]
-  seconds = statistics.median(per_round)
+  clocks = ("seconds", "processor_seconds")
+  medians = {clock: [statistics.median(result[clock]) for result in rounds] for clock in clocks}
+  seconds = statistics.median(medians["seconds"])
   kept = ("compile_seconds", "forward_flops", "step_flops", "temporary", "arguments", "losses", "versions")
   return {
     "step_seconds": seconds,
-    "step_seconds_per_round": per_round,
+    "step_seconds_per_round": medians["seconds"],
     "tokens_per_second": tokens / seconds,
+    "processor_seconds": statistics.median(medians["processor_seconds"]),
+    "processor_seconds_per_round": medians["processor_seconds"],
     # The first round compiles, which takes memory of its own; later ones read the program back.
     "peak_memory": min(result["peak_memory"] for result in rounds),
     **{name: rounds[0][name] for name in kept if name in rounds[0]},
@@ -130,14 +137,13 @@ def summarise(rounds: list[dict], tokens: int) -> dict:
 
 
 def ratio(above: dict, below: dict) -> dict:
-  """Time and memory of a side over another's; the time by rounds, as both were measured in each."""
-  pairs = zip(above["step_seconds_per_round"], below["step_seconds_per_round"])
-  per_round = [a / b for a, b in pairs]
-  found = {
-    "time": statistics.median(per_round),
-    "time_per_round": per_round,
-    "peak_memory": above["peak_memory"] / below["peak_memory"],
-  }
+  """Time and memory of a side over another's; times by rounds, as both were measured in each."""
+  found = {}
+  for name, field in (("time", "step_seconds"), ("processor_time", "processor_seconds")):
+    pairs = zip(above[f"{field}_per_round"], below[f"{field}_per_round"])
+    found[f"{name}_per_round"] = [a / b for a, b in pairs]
+    found[name] = statistics.median(found[f"{name}_per_round"])
+  found["peak_memory"] = above["peak_memory"] / below["peak_memory"]
   if "temporary" in above and "temporary" in below:
     found["temporary"] = above["temporary"] / below["temporary"]
   return found
@@ -164,8 +170,11 @@ def compare(sides: dict) -> dict:
       **over,
       "forward_flops": flops["forward"],
       "step_flops": flops["step"],
-      "time_over_forward_flops": over["time"] / flops["forward"],
-      "time_over_step_flops": over["time"] / flops["step"],
+      **{
+        f"{clock}_over_{name}_flops": over[clock] / flops[name]
+        for clock in ("time", "processor_time")
+        for name in flops
+      },
     }
   if ours:
     compared["losses"] = {}
@@ -178,6 +187,11 @@ def compare(sides: dict) -> dict:
         "concept": max(abs(theirs[1] - mine[1]) for theirs, mine in steps),
       }
   return compared
+
+
+def spread(values: list[float]) -> str:
+  """The smallest and the largest."""
+  return f"{min(values):.2f} to {max(values):.2f}"
 
 
 def table(report: dict) -> str:
@@ -203,14 +217,15 @@ def table(report: dict) -> str:
     f"Load average (1 minute) at the start of each round: {loads}.",
     f"Written by `{report['command']}`."
     + ("" if "reference" in report["sides"] else " No checkout of the reference was there."),
+    *([f"Note: {report['note']}"] if report["note"] else []),
     "",
-    "| side | s/step | tokens/s | peak memory, GiB | temporary (compiler), GiB | GFLOP/step |",
-    "| --- | --- | --- | --- | --- | --- |",
+    "| side | s/step | tokens/s | processor s/step | peak memory, GiB | temporary (compiler), GiB | GFLOP/step |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
   ]
   for name, side in report["sides"].items():
     temporary, flops = side.get("temporary"), side.get("step_flops")
     lines.append(
-      f"| {name} | {side['step_seconds']:.3f} | {side['tokens_per_second']:.0f} "
+      f"| {name} | {side['step_seconds']:.3f} | {side['tokens_per_second']:.0f} | {side['processor_seconds']:.3f} "
       f"| {side['peak_memory'] / 2**30:.2f} | {'' if temporary is None else f'{temporary / 2**30:.3f}'} "
       f"| {'' if flops is None else f'{flops / 1e9:.1f}'} |"
     )
@@ -220,23 +235,26 @@ def table(report: dict) -> str:
       "",
       f"## {title}",
       "",
-      "| | time | rounds | peak memory | temporary |",
-      "| --- | --- | --- | --- | --- |",
+      "| | time | rounds | processor time | rounds | peak memory | temporary |",
     ]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for name, entry in compared[key].items():
-      spread = f"{min(entry['time_per_round']):.2f} to {max(entry['time_per_round']):.2f}"
       temporary = f"{entry['temporary']:.2f}" if "temporary" in entry else ""
-      lines.append(f"| {name} | {entry['time']:.2f} | {spread} | {entry['peak_memory']:.2f} | {temporary} |")
+      lines.append(
+        f"| {name} | {entry['time']:.2f} | {spread(entry['time_per_round'])} | {entry['processor_time']:.2f} "
+        f"| {spread(entry['processor_time_per_round'])} | {entry['peak_memory']:.2f} | {temporary} |"
+      )
   if "over_next_token" in compared:
     over = compared["over_next_token"]
     lines += [
       "",
       "## Ours over our next-token step",
       "",
-      f"Time {over['time']:.3f} (rounds {min(over['time_per_round']):.3f} to {max(over['time_per_round']):.3f}); "
-      f"counted FLOPs forward {over['forward_flops']:.3f}, of the step with what is computed again "
-      f"{over['step_flops']:.3f}. Time over FLOPs: {over['time_over_forward_flops']:.3f} forward, "
-      f"{over['time_over_step_flops']:.3f} of the step.",
+      f"Time {over['time']:.3f} (rounds {spread(over['time_per_round'])}), processor time "
+      f"{over['processor_time']:.3f} ({spread(over['processor_time_per_round'])}); counted FLOPs forward "
+      f"{over['forward_flops']:.3f}, of the step with what is computed again {over['step_flops']:.3f}. Processor time "
+      f"over FLOPs: {over['processor_time_over_forward_flops']:.3f} forward, "
+      f"{over['processor_time_over_step_flops']:.3f} of the step.",
     ]
   lines += ["", "## Largest difference of losses from ours, over all steps", ""]
   lines += ["| side | next token | concepts |", "| --- | --- | --- |"]
@@ -286,8 +304,9 @@ def write(arguments: argparse.Namespace, sizes: dict, written: dict, rounds: dic
     # Without places of this machine.
     "command": " ".join(
       ["python benchmarks/against_reference.py"]
-      + [a for a in sys.argv[1:] if not a.startswith(("--reference", "--output", "--scratch"))]
+      + [a for a in sys.argv[1:] if not a.startswith(("--reference", "--output", "--scratch", "--note"))]
     ),
+    "note": arguments.note,
     "machine": hardware(),
     "load_average": loads,
     "settings": {"rounds": len(loads), **{name: getattr(arguments, name) for name in names}},
@@ -326,6 +345,9 @@ def main() -> None:
   parser.add_argument("--sides", default=",".join(SIDES), help="comma-separated")
   parser.add_argument(
     "--scratch", default="", help="folder that keeps measurements; a stopped run goes on there"
+  )
+  parser.add_argument(
+    "--note", default="", help="a sentence for the report, such as what else the machine did"
   )
   parser.add_argument("--output", default="", help="folder (default benchmarks/results, quick: temporary)")
   arguments = parser.parse_args()

@@ -50,13 +50,21 @@ def peak_memory(device: str) -> int:
 
 
 def timed_steps(run, arguments: argparse.Namespace) -> dict:
-  """Losses of all steps, and seconds of those after the warm-up; `run` returns both losses when the step is done."""
-  losses, seconds = [], []
+  """Losses of all steps, and seconds of those after the warm-up; `run` returns both losses when the step is done.
+
+  Seconds of the processor are those that this process computed, whatever else the machine did meanwhile.
+  """
+  losses, seconds, busy = [], [], []
   for _ in range(arguments.warmup + arguments.steps):
-    start = time.perf_counter()
+    start, start_busy = time.perf_counter(), time.process_time()
     losses.append(run())
     seconds.append(time.perf_counter() - start)
-  return {"seconds": seconds[arguments.warmup :], "losses": losses}
+    busy.append(time.process_time() - start_busy)
+  return {
+    "seconds": seconds[arguments.warmup :],
+    "processor_seconds": busy[arguments.warmup :],
+    "losses": losses,
+  }
 
 
 def read_arrays(folder: str, file: str = ARRAYS) -> dict:

@@ -56,15 +56,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server.failures.append(fault)
       server.running += 1
       server.most_running = max(server.most_running, server.running)
-    try:
-      self.answer(body, fault)
-    finally:
-      with server.lock:
-        server.running -= 1
+    time.sleep(server.silence if fault == "silent" else server.delay)
+    # Before the answer leaves: whoever has it may ask again at once.
+    with server.lock:
+      server.running -= 1
+    self.answer(body, fault)
 
   def answer(self, body, fault):
     server = self.server
-    time.sleep(server.silence if fault == "silent" else server.delay)
     if fault == "reset":
       # Closing with linger 0 sends RST.
       self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

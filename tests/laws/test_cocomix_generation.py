@@ -86,9 +86,15 @@ def _edit(concepts, mode, values=1.0, **settings):
   return concept_intervention(concepts, mode, values, num_concepts=CONCEPTS, **settings)
 
 
+def whole_model():
+  """A model that reads all concepts at once, as edited passes do: what an edit leaves alone has the same bits."""
+  return make_model(concepts=concept_spec(concept_chunk=0))
+
+
 def test_27_scaling_by_one_is_the_identity():
-  model, tokens = make_model(), make_tokens()
-  plain = model(tokens)
+  model, tokens = whole_model(), make_tokens()
+  plain, in_chunks = model(tokens), make_model()(tokens)
+  np.testing.assert_allclose(in_chunks, plain, atol=2e-6)
   for mode in ("scale_pre", "scale_post"):
     np.testing.assert_array_equal(model(tokens, intervention=_edit([3, 4, 5], mode)), plain)
   assert not np.allclose(model(tokens, intervention=_edit([3], "force", 4.0)), plain, atol=1e-3)
@@ -109,7 +115,7 @@ def _sparse(prediction):
 
 @pytest.mark.parametrize("mode", ["set", "force_value"])
 def test_27_an_edit_moves_the_concept_by_its_column(mode):
-  model, tokens = make_model(), make_tokens()
+  model, tokens = whole_model(), make_tokens()
   kernel = np.asarray(model.concepts.compression.kernel[...])
   for concept in (0, 7, 40):
     h, before, c_before = _concept_rows(model, tokens, None)
@@ -134,7 +140,7 @@ def test_27_a_sweep_of_strengths_is_linear_at_the_insertion():
 
 @pytest.mark.parametrize("mode", ["ablate_pre", "ablate_post"])
 def test_27_an_ablated_concept_is_never_selected(mode):
-  model, tokens = make_model(), make_tokens()
+  model, tokens = whole_model(), make_tokens()
   _, before, _ = _concept_rows(model, tokens, None)
   concept = int(jnp.bincount(before.indices_BLK.ravel()).argmax())
   _, after, _ = _concept_rows(model, tokens, _edit([concept], mode))

@@ -268,6 +268,10 @@ def speed_table() -> str:
   return embedded("train_step_cpu.md")
 
 
+def cocomix_speed_table() -> str:
+  return embedded("against_reference_cpu.md")
+
+
 def preference_speed_table() -> str:
   return embedded("preference_step_cpu.md")
 
@@ -281,6 +285,7 @@ SECTIONS = {
   "tiny": tiny_table,
   "preferences": preference_tables,
   "speed": speed_table,
+  "cocomix_speed": cocomix_speed_table,
   "preference_speed": preference_speed_table,
   "decode": decode_table,
 }

@@ -77,8 +77,13 @@ def merge_top_k(
   return jnp.take_along_axis(values, best, axis=-1), jnp.take_along_axis(indices, best, axis=-1)
 
 
+def _with_one_zero(scores: jax.Array) -> jax.Array:
+  """Turns -0.0 into 0.0, which lax.top_k ranks above it; compilers fold an addition of 0.0 away."""
+  return jnp.where(scores == 0, jnp.zeros((), scores.dtype), scores)
+
+
 def _lax_indices(scores: jax.Array, k: int) -> jax.Array:
-  return jax.lax.top_k(scores + 0.0, k)[1]  # + 0.0 turns -0.0 into 0.0, which lax.top_k ranks apart
+  return jax.lax.top_k(_with_one_zero(scores), k)[1]
 
 
 def _chunked_indices(scores: jax.Array, k: int) -> jax.Array:
@@ -102,7 +107,7 @@ def _chunked_indices(scores: jax.Array, k: int) -> jax.Array:
 
 def _bitsearch_indices(scores: jax.Array, k: int) -> jax.Array:
   """Finds the indices from the k-th value, itself found bit by bit."""
-  bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32) + 0.0, jnp.uint32)
+  bits = jax.lax.bitcast_convert_type(_with_one_zero(scores.astype(jnp.float32)), jnp.uint32)
   # Larger floats have larger keys: flip all bits of negatives, the sign of the others.
   sign = jnp.uint32(_SIGN_BIT)
   keys = jnp.where(bits >= sign, ~bits, bits | sign)

@@ -1,11 +1,13 @@
 """Every exact top-k equals `lax.top_k`, ties included, and passes gradients to what it selects."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nr.models.top_k import IMPLEMENTATIONS, top_k
+from nr.models.top_k import IMPLEMENTATIONS, top_k, top_k_indices
 
 SIZES = [(2048, 32), (100, 7), (37, 5), (5, 5), (40, 1), (1000, 32)]
 
@@ -32,6 +34,17 @@ def test_11_top_k_equals_lax_and_ties_go_to_the_lowest_index(implementation, kin
     np.testing.assert_array_equal(indices, order)
     np.testing.assert_array_equal(values, np.take_along_axis(np.asarray(x), order, axis=-1))
     np.testing.assert_array_equal(values, jax.lax.top_k(x, k)[0])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_11_zeros_of_both_signs_tie_in_compiled_programs_too(implementation):
+  for size, k in SIZES[:2]:
+    x = _inputs("tied", size)
+    order = np.argsort(-(np.asarray(x) + 0.0), axis=-1, kind="stable")[:, :k]
+    zeros = jnp.where(jnp.arange(size) % 3 > 0, 0.0, -0.0)[None]  # all alike: the first k
+    find = jax.jit(functools.partial(top_k_indices, k=k, implementation=implementation))
+    np.testing.assert_array_equal(find(x), order)
+    np.testing.assert_array_equal(find(zeros), np.arange(k)[None])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -17,6 +16,8 @@ import pathlib
 import sys
 import time
 import types
+
+from measuring import peak_memory, timed_steps, versions
 
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 LABELS, LAMBDA = 4, 0.1
@@ -35,36 +36,6 @@ OURS = {
   "all_rows_in_last_block": {**CACHED, "last_block": "all_rows"},
   "next_token": None,
 }
-
-
-def peak_memory(device: str) -> int:
-  """The most memory this process has had, in bytes: resident on CPU, on the device elsewhere."""
-  if device == "gpu":
-    if "torch" in sys.modules:
-      return sys.modules["torch"].cuda.max_memory_allocated()
-    return sys.modules["jax"].devices()[0].memory_stats()["peak_bytes_in_use"]
-  for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-    if line.startswith("VmHWM:"):
-      return 1024 * int(line.split()[1])
-  raise OSError("/proc/self/status has no VmHWM; the benchmark needs Linux")
-
-
-def timed_steps(run, arguments: argparse.Namespace) -> dict:
-  """Losses of all steps, and seconds of those after the warm-up; `run` returns both losses when the step is done.
-
-  Seconds of the processor are those that this process computed, whatever else the machine did meanwhile.
-  """
-  losses, seconds, busy = [], [], []
-  for _ in range(arguments.warmup + arguments.steps):
-    start, start_busy = time.perf_counter(), time.process_time()
-    losses.append(run())
-    seconds.append(time.perf_counter() - start)
-    busy.append(time.process_time() - start_busy)
-  return {
-    "seconds": seconds[arguments.warmup :],
-    "processor_seconds": busy[arguments.warmup :],
-    "losses": losses,
-  }
 
 
 def read_arrays(folder: str, file: str = ARRAYS) -> dict:
@@ -391,7 +362,7 @@ def measure_jax(arguments: argparse.Namespace) -> dict:
     return [float(metrics[name].mean()) for name in names if name in metrics]
 
   return {
-    **timed_steps(run, arguments),
+    **timed_steps(run, arguments.warmup, arguments.steps),
     "compile_seconds": compile_seconds,
     "forward_flops": forward_flops,
     "step_flops": step_flops,
@@ -572,7 +543,7 @@ def measure_dense_torch(arguments: argparse.Namespace) -> dict:
     synchronise(device)
     return [next_token.item(), concept.item()]
 
-  return timed_steps(run, arguments)
+  return timed_steps(run, arguments.warmup, arguments.steps)
 
 
 def stand_in_modules(arguments: argparse.Namespace, device: str) -> None:
@@ -703,17 +674,7 @@ def measure_reference(arguments: argparse.Namespace) -> dict:
     synchronise(device)
     return [metrics["loss"][-1], metrics["loss_concept"][-1]]
 
-  return timed_steps(run, arguments)
-
-
-def versions() -> dict[str, str]:
-  """Versions of what this process computed with."""
-  found = {}
-  for package in PACKAGES:
-    if package in sys.modules:
-      with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found[package] = importlib.metadata.version(package)
-  return found
+  return timed_steps(run, arguments.warmup, arguments.steps)
 
 
 MEASURES = types.MappingProxyType(
@@ -743,7 +704,7 @@ def main() -> None:
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
   with contextlib.redirect_stdout(sys.stderr):
     result = MEASURES[arguments.side](arguments)
-    result |= {"peak_memory": peak_memory(arguments.device), "versions": versions()}
+    result |= {"peak_memory": peak_memory(arguments.device), "versions": versions(PACKAGES)}
   print(json.dumps(result))
 
 

@@ -2,36 +2,18 @@
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import pathlib
 import statistics
 import sys
 import time
 import types
 
+from measuring import peak_memory, timed_steps, versions
+
 LEARNING_RATE, BETAS, WEIGHT_DECAY, BETA = 1e-4, (0.9, 0.95), 0.1, 0.1
 ARRAYS = "pairs.npz"
 PACKAGES = ("jax", "flax", "torch", "transformers", "trl")
-
-
-def peak_memory() -> int:
-  """The most resident memory this process has had, in bytes."""
-  for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-    if line.startswith("VmHWM:"):
-      return 1024 * int(line.split()[1])
-  raise OSError("/proc/self/status has no VmHWM; the benchmark needs Linux")
-
-
-def timed_steps(run, arguments: argparse.Namespace) -> dict:
-  """Losses of all steps, and seconds of those after the warm-up; `run` returns the loss when the step is done."""
-  losses, seconds = [], []
-  for _ in range(arguments.warmup + arguments.steps):
-    start = time.perf_counter()
-    losses.append(run())
-    seconds.append(time.perf_counter() - start)
-  return {"seconds": seconds[arguments.warmup :], "losses": losses}
 
 
 # Weights and batches that all sides read.
@@ -146,7 +128,7 @@ def measure_jax(arguments: argparse.Namespace) -> dict:
     jax.block_until_ready(held[0])
     return float(metrics["preference_loss"].mean())
 
-  return {**timed_steps(run, arguments), "compile_seconds": compile_seconds}
+  return {**timed_steps(run, arguments.warmup, arguments.steps), "compile_seconds": compile_seconds}
 
 
 def measure_online(arguments: argparse.Namespace) -> dict:
@@ -283,17 +265,7 @@ def measure_torch(arguments: argparse.Namespace) -> dict:
     optimizer.zero_grad(set_to_none=True)
     return loss.item()
 
-  return timed_steps(run, arguments)
-
-
-def versions() -> dict[str, str]:
-  """Versions of what this process computed with."""
-  found = {}
-  for package in PACKAGES:
-    if package in sys.modules:
-      with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found[package] = importlib.metadata.version(package)
-  return found
+  return timed_steps(run, arguments.warmup, arguments.steps)
 
 
 MEASURES = types.MappingProxyType(
@@ -320,7 +292,7 @@ def main() -> None:
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
   with contextlib.redirect_stdout(sys.stderr):
     result = MEASURES[arguments.side](arguments)
-    result |= {"peak_memory": peak_memory(), "versions": versions()}
+    result |= {"peak_memory": peak_memory(), "versions": versions(PACKAGES)}
   print(json.dumps(result))
 
 

@@ -32,7 +32,7 @@ from machine import hardware
 
 from nr.evaluation import plots
 from nr.evaluation.learning_curves import loss_at_flops, tokens_to_loss
-from nr.evaluation.statistics import paired_difference
+from nr.evaluation.statistics import mean_interval, paired_difference
 from nr.recipes.cocomix.students import run_name
 from nr.recipes.stages import read_manifest
 from nr.training.writers import read_metrics
@@ -44,7 +44,7 @@ BASELINE = "ntp"
 
 def interval(values: list[float]) -> dict[str, float]:
   """Returns mean and 95 % t interval over seeds."""
-  return paired_difference(np.asarray(values), np.zeros(len(values)))._asdict()
+  return mean_interval(np.asarray(values))._asdict()
 
 
 def read_runs(workdir: pathlib.Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import tempfile
 import time
 
 from machine import hardware
+from measuring import peak_memory, timed_steps
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -42,26 +43,6 @@ VARIANTS = ("jax_next_token", "jax_cocomix", "torch_eager", "torch_compile")
 
 
 # One measurement, in a process of its own.
-
-
-def peak_memory() -> int:
-  """The most resident memory this process has had, in bytes."""
-  for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-    if line.startswith("VmHWM:"):
-      return 1024 * int(line.split()[1])
-  raise OSError("/proc/self/status has no VmHWM; the benchmark needs Linux")
-
-
-def time_steps(run, warmup: int, steps: int) -> list[float]:
-  """Seconds of each step after the warm-up; `run` returns when the step is done."""
-  for _ in range(warmup):
-    run()
-  seconds = []
-  for _ in range(steps):
-    start = time.perf_counter()
-    run()
-    seconds.append(time.perf_counter() - start)
-  return seconds
 
 
 def make_jax_method(variant: str, shape: str, loss_chunk: int):
@@ -133,17 +114,16 @@ def measure_jax(variant: str, shape: str, arguments: argparse.Namespace) -> dict
   batch = jax.device_put(batch)
   held = [create_state(method, optimizer, 0)]
   parameters = sum(leaf.size for leaf in jax.tree.leaves(held[0].params))
-  losses = []
 
-  def run() -> None:
+  def run() -> float:
     held[0], metrics = compiled(held[0], {}, batch)
     jax.block_until_ready(held[0])
-    losses.append(float(metrics["next_token_loss"].mean()))
+    return float(metrics["next_token_loss"].mean())
 
-  seconds = time_steps(run, arguments.warmup, arguments.steps)
+  timed = timed_steps(run, arguments.warmup, arguments.steps)
   return {
-    "seconds": seconds,
-    "first_loss": losses[0],
+    "seconds": timed["seconds"],
+    "first_loss": timed["losses"][0],
     "compile_seconds": compile_seconds,
     "parameters": parameters,
     "forward_flops": forward_flops,
@@ -184,22 +164,21 @@ def measure_torch(variant: str, shape: str, arguments: argparse.Namespace) -> di
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
   forward = torch.compile(model) if variant == "torch_compile" else model
   tokens = torch.from_numpy(make_jax_batch(variant, shape)["tokens"]).long()
-  losses = []
 
-  def run() -> None:
+  def run() -> float:
     loss = forward(input_ids=tokens, labels=tokens).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    losses.append(loss.item())
+    return loss.item()
 
   start = time.perf_counter()
-  run()
+  first_loss = run()
   compile_seconds = time.perf_counter() - start
-  seconds = time_steps(run, max(0, arguments.warmup - 1), arguments.steps)
+  timed = timed_steps(run, max(0, arguments.warmup - 1), arguments.steps)
   return {
-    "seconds": seconds,
-    "first_loss": losses[0],
+    "seconds": timed["seconds"],
+    "first_loss": first_loss,
     "compile_seconds": compile_seconds,
     "parameters": sum(p.numel() for p in model.parameters()),
   }

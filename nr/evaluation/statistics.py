@@ -66,6 +66,27 @@ def mean_over_runs(values: Sequence[float], *, seed: int = 0) -> Interval | None
   return bootstrap_ratio(np.asarray(values), np.ones(len(values)), seed=seed)
 
 
+def mean_interval(values: np.ndarray, *, level: float = 0.95) -> Interval:
+  """Student's t interval of the mean of independent runs.
+
+  Args:
+    values: [runs] a statistic of each run, at least one.
+    level: coverage.
+
+  Returns:
+    Mean and its interval; infinite bounds with a single run.
+  """
+  from scipy import stats
+
+  values = np.asarray(values, np.float64)
+  mean = float(values.mean())
+  if len(values) < 2:
+    return Interval(mean, float("-inf"), float("inf"))
+  error = values.std(ddof=1) / np.sqrt(len(values))
+  half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * error)
+  return Interval(mean, mean - half, mean + half)
+
+
 def paired_difference(first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> Interval:
   """Student's t interval of mean(first - second) over paired runs (same seeds).
 
@@ -77,12 +98,4 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, level: float = 0
   Returns:
     Mean difference and its interval; infinite bounds with a single pair.
   """
-  from scipy import stats
-
-  differences = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-  mean = float(differences.mean())
-  if len(differences) < 2:
-    return Interval(mean, float("-inf"), float("inf"))
-  error = differences.std(ddof=1) / np.sqrt(len(differences))
-  half = float(stats.t.ppf((1 + level) / 2, len(differences) - 1) * error)
-  return Interval(mean, mean - half, mean + half)
+  return mean_interval(np.asarray(first, np.float64) - np.asarray(second, np.float64), level=level)

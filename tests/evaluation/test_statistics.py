@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nr.evaluation.perplexity import DocumentScores, loss_difference_interval, score_documents
-from nr.evaluation.statistics import bootstrap_ratio, paired_difference
+from nr.evaluation.statistics import bootstrap_ratio, mean_interval, paired_difference
 
 
 def test_equal_documents_have_no_spread():
@@ -36,6 +36,14 @@ def test_documents_without_tokens_do_not_count():
   assert with_empty.estimate == 2.0
   with pytest.raises(ValueError, match="empty"):
     bootstrap_ratio(np.zeros(3), np.zeros(3), seed=0)
+
+
+def test_mean_interval_is_students():
+  # Three values of mean 5 and standard deviation 1: t at 97.5 % with 2 degrees is 4.302653.
+  interval = mean_interval(np.array([4.0, 5.0, 6.0]))
+  half = 4.302653 / np.sqrt(3)
+  np.testing.assert_allclose(interval, (5.0, 5.0 - half, 5.0 + half), rtol=1e-6)
+  assert mean_interval(np.array([2.0])) == (2.0, float("-inf"), float("inf"))
 
 
 def test_paired_difference_is_students_interval():

@@ -27,7 +27,7 @@ import numpy as np
 
 from nr.data.tokenizers import Tokenizer
 from nr.evaluation import steering
-from nr.evaluation.statistics import Interval, bootstrap_ratio, paired_difference
+from nr.evaluation.statistics import bootstrap_ratio, mean_interval
 from nr.evaluation.steering import Shift, Sweep
 from nr.judges.keywords import KeywordShare
 from nr.judges.protocol import Item, Judge
@@ -322,7 +322,4 @@ def over_concepts(
 
 def _over(values: Sequence[float]) -> dict[str, float] | None:
   """Returns the mean of independent values with Student's interval; None without any."""
-  if not len(values):
-    return None
-  found: Interval = paired_difference(np.asarray(values), np.zeros(len(values)))
-  return found._asdict()
+  return mean_interval(np.asarray(values))._asdict() if len(values) else None

@@ -21,6 +21,7 @@ from nr.data.activation_cache import ActivationCache, ActivationHeader, Activati
 from nr.data.bad_records import DataError
 from nr.models import parameters
 from nr.models.residual_tap import TapInputs, activations_at
+from nr.training import sharding
 
 Batch = Mapping[str, np.ndarray]
 Tap = Callable[[Batch], Any]
@@ -35,7 +36,8 @@ def make_tap(graphdef: Any, params: Any, layer: int) -> Tap:
 
   Args:
     graphdef: definition of the teacher.
-    params: its parameters; in a run of several processes, a copy local to each.
+    params: its parameters; in a run of several processes, a copy local to each, which reads its own windows
+      with its own devices.
     layer: the block (from 0) whose output is tapped.
   """
 
@@ -48,9 +50,14 @@ def make_tap(graphdef: Any, params: Any, layer: int) -> Tap:
   def params_on(mesh: jax.sharding.Mesh) -> Any:
     return params if mesh.empty else jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
 
+  own = None
+  if jax.process_count() > 1:
+    own = sharding.make_mesh(sharding.DATA_PARALLEL, jax.local_devices())
+
   def read(batch: Batch) -> jax.Array:
     inputs = {name: batch[name] for name in _TAP_FIELDS if name in batch}
-    return tap(params_on(jax.sharding.get_mesh()), inputs)
+    with sharding.context(own):
+      return tap(params_on(jax.sharding.get_mesh()), inputs)
 
   return read
 

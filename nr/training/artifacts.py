@@ -19,7 +19,8 @@ def save_tree(path: str | pathlib.Path, tree: PyTree, metadata: Mapping[str, Any
 
   Args:
     path: directory to write; what stands there is replaced.
-    tree: nested dictionaries of arrays, in either layout of the layers.
+    tree: nested dictionaries of arrays, in either layout of the layers. Where they are spread over several
+      processes, all of these call this, and the first one writes.
     metadata: JSON values that say what it is.
 
   Raises:
@@ -40,8 +41,12 @@ def save_tree(path: str | pathlib.Path, tree: PyTree, metadata: Mapping[str, Any
     "types": integrity.leaf_types(plain),
     "hashes": integrity.leaf_hashes(plain),
   }
+  if jax.process_count() > 1:
+    plain = jax.tree.map(integrity.to_host, plain)
+    if jax.process_index():
+      return
   try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _open() as checkpointer:
       items = dict(tree=ocp.args.StandardSave(plain), meta=ocp.args.JsonSave(storage.seal(content)))
       checkpointer.save(path, args=ocp.args.Composite(**items), force=True)
   except Exception as error:
@@ -70,7 +75,7 @@ def load_tree(
   if not path.is_dir():
     raise CheckpointError(f"{path}: there is no saved tree; run the stage that makes it")
   try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _open() as checkpointer:
       sealed = checkpointer.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
       content = storage.unseal(sealed)
       if callable(shardings):
@@ -84,6 +89,19 @@ def load_tree(
       f"{path} is damaged: {storage.one_line(error)}; remove it and make it again"
     ) from error
   return tree, content["metadata"]
+
+
+def _open() -> ocp.Checkpointer:
+  """Opens Orbax for this process alone: others need not read or write what it does, and are not waited for."""
+  if jax.process_count() == 1:
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+  index = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+  )
+  options = ocp.CompositeOptions(multiprocessing_options=alone)
+  handler = ocp.CompositeCheckpointHandler(composite_options=options)
+  return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _parse_types(types: Mapping[str, str]) -> dict:

@@ -59,7 +59,7 @@ class Checkpointer:
     self._metric = config.best_metric
     self._config = config
     policies = [LatestN(config.keep)]
-    best: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     if self._metric and config.keep_best:
       highest = config.best_mode == "max"
       policies.append(
@@ -70,8 +70,11 @@ class Checkpointer:
           keep_checkpoints_without_metrics=False,
         )
       )
-      best = dict(best_fn=lambda metrics: metrics[self._metric], best_mode=config.best_mode)
-    options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies), **best)
+      others = dict(best_fn=lambda metrics: metrics[self._metric], best_mode=config.best_mode)
+    if jax.process_count() > 1:
+      # Grain writes each process's position at once, so that the folder must be there before save goes on.
+      others["async_options"] = ocp.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies), **others)
     self._manager = ocp.CheckpointManager(self.directory, options=options)
 
   def steps(self) -> list[int]:

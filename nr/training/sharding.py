@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from nr.training import trees
 
 PyTree = Any
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+DATA_PARALLEL = types.MappingProxyType({"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1})
+"""Mesh in which every device has a copy of the model and its share of the batch."""
 
 # Logical name -> mesh axis, several mesh axes, or None for a copy on every device.
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -90,12 +93,12 @@ def make_mesh(config: Any, devices: list[jax.Device] | None = None) -> Mesh:
   devices = jax.devices() if devices is None else list(devices)
   sizes = mesh_sizes(config, len(devices))
   shape = tuple(sizes[axis] for axis in MESH_AXES)
-  types = (AxisType.Auto,) * len(MESH_AXES)
+  axis_types = (AxisType.Auto,) * len(MESH_AXES)
   if math.prod(shape) == len(devices) and devices[0].platform == "tpu":
     # Lays the axes along the physical torus.
-    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
   array = np.array(devices[: math.prod(shape)]).reshape(shape)
-  return Mesh(array, MESH_AXES, axis_types=types)
+  return Mesh(array, MESH_AXES, axis_types=axis_types)
 
 
 def partition_spec(names: tuple[str | None, ...], parameter: str = "") -> PartitionSpec:
@@ -183,6 +186,18 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.
     return jax.device_put(numeric)
   placed = batch_sharding(mesh)
   return {name: jax.make_array_from_process_local_data(placed, value) for name, value in numeric.items()}
+
+
+def put_tree(tree: PyTree, placed: PyTree) -> PyTree:
+  """Puts arrays where a tree of shardings says; of several processes, each holds all of them and puts its part."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, placed)
+
+  def put(leaf: Any, where: NamedSharding) -> jax.Array:
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+
+  return jax.tree.map(put, tree, placed)
 
 
 @contextlib.contextmanager

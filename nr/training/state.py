@@ -110,7 +110,7 @@ def create_state(method: Method, optimizer: Optimizer, seed: int, mesh: Mesh | N
       return initial_state(method, optimizer, initial_params(method, seed))
 
     return jax.jit(make, out_shardings=placed)()
-  start = method.start if mesh is None else jax.device_put(method.start, placed.params)
+  start = method.start if mesh is None else sharding.put_tree(method.start, placed.params)
 
   # Copied: steps donate the state, and who gave the parameters may go on to use them.
   def begin(params: PyTree) -> TrainState:
@@ -127,4 +127,4 @@ def place_frozen(method: Method, mesh: Mesh | None) -> PyTree:
     placed = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), method.frozen)
   else:
     placed = sharding.shardings(method.frozen_axes, mesh, method.frozen)
-  return jax.device_put(method.frozen, placed)
+  return sharding.put_tree(method.frozen, placed)

@@ -80,7 +80,7 @@ def targets(tree: PyTree, shardings: PyTree | None) -> PyTree:
   """Returns what to restore: stacked abstract arrays that know their shardings."""
   tree = stack_layers(abstract(tree))
   if shardings is None:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, stack_shardings(shardings)

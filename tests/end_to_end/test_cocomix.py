@@ -11,11 +11,15 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from nr import main
 from nr.recipes.cocomix.steering.open_run import open_run
+from nr.training.model_files import load_model
+from nr.training.writers import read_metrics
+from tests.recipes.two_processes import run_two
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -226,17 +230,55 @@ def test_bad_corpora_are_answered_in_one_line(tmp_path, make, words):
   assert any(word in line for word in words), line
 
 
-@pytest.mark.slow
-def test_a_killed_run_continues_to_the_same_students(finished, tmp_path):
-  """Kill -9 in the middle of the students; the same command ends with the same parameters."""
-  workdir = tmp_path / "run"
+def without(finished, workdir, *stages):
+  """Copies a finished run without the artifacts of some stages."""
   shutil.copytree(finished, workdir)
   manifest = json.loads((workdir / "manifest.json").read_text())
-  for stage in ("students", "evaluate", "steer", "report"):
+  for stage in stages:
     shutil.rmtree(workdir / stage)
     del manifest[stage]
   (workdir / "manifest.json").write_text(json.dumps(manifest))
 
+
+@pytest.mark.slow
+def test_two_processes_train_the_models_of_one(finished, tmp_path):
+  """Two processes of two devices, a model spread over all four."""
+  after = ("evaluate", "steer", "report")
+  config = "configs/cocomix.py:miniature"
+
+  def trained(stage, *flags):
+    mesh = [f"--config.{stage}.train.mesh.{axis}=2" for axis in ("data", "fsdp")]
+    codes, errors = run_two(config, workdir, f"--stage={stage}", *mesh, *flags, seconds=400)
+    assert codes == [0, 0], errors
+    return json.loads((workdir / "manifest.json").read_text())[stage]["artifact"]
+
+  workdir = tmp_path / "students"
+  without(finished, workdir, "students", *after)
+  # The baseline learns from the teacher, which each process has from its file and all spread over the devices.
+  runs = trained("students", "--config.students.arms.ntp.kd_weight=0.1")["runs"]
+  alone, together = (load_model(run / "students" / "cocomix_seed0" / "model") for run in (finished, workdir))
+  jax.tree.map(
+    lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5), alone.params, together.params
+  )
+  for name in runs:
+    rows = [row for row in read_metrics(workdir / "students" / name) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(2, 31, 2)), "both processes wrote rows"
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+  workdir = tmp_path / "sae"
+  without(finished, workdir, "sae", "labels", "students", *after)
+  found = trained("sae")
+  # Each process shuffles activations of its own windows, so that batches are others than those of one process.
+  one = json.loads((finished / "manifest.json").read_text())["sae"]["artifact"]
+  assert found["fvu"] == pytest.approx(one["fvu"], rel=0.05)
+  assert found["l0"] == one["l0"] and found["fingerprint"] != one["fingerprint"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_students(finished, tmp_path):
+  """Kill -9 in the middle of the students; the same command ends with the same parameters."""
+  workdir = tmp_path / "run"
+  without(finished, workdir, "students", "evaluate", "steer", "report")
   process = subprocess.Popen(
     command(workdir, "--stage=students"),
     cwd=ROOT,

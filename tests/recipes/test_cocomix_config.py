@@ -160,7 +160,7 @@ def test_a_baseline_with_heads_of_64_can_be_turned_on(variant):
       r"steer.arm='ntp' is no arm whose concepts reach the stream; choose one of cocomix",
     ),
     ({"targets.source": "on-line"}, r"targets.source='on-line' is unknown: did you mean 'online'"),
-    ({"labels.devices": 9}, r"labels.devices=9: there are 8; give 1 to 8, or 0 for all"),
+    ({"labels.devices": 9}, r"labels.devices=9: this host has 8; give 1 to 8, or 0 for all"),
     ({"labels.batch_size": 12}, r"labels.batch_size=12 must be a positive multiple of the 8 devices"),
     ({"window.shift": "epochs"}, r"window.shift='epochs' is unknown: did you mean 'epoch'"),
     ({"students.train.steps": 10}, r"students.train: .*warmup_steps.*20"),

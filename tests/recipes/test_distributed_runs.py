@@ -1,11 +1,7 @@
 """Two processes of one run: they train as one, one of them writes, and what cannot work is refused."""
 
 import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,47 +12,14 @@ from nr import main
 from nr.recipes import processes, stages
 from nr.training import writers
 from tests.recipes import toy_distributed
+from tests.recipes.two_processes import run_two
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def free_port():
-  with socket.socket() as found:
-    found.bind(("127.0.0.1", 0))
-    return found.getsockname()[1]
-
-
-def run_two(workdir):
-  """Runs nr.main in two processes of two devices each; returns their exit statuses and what they wrote to stderr."""
-  port, started = free_port(), []
-  environment = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-  }
-  for index in range(2):
-    flags = [
-      f"--config={ROOT / 'tests' / 'recipes' / 'toy_distributed.py'}",
-      f"--workdir={workdir}",
-      f"--distributed=127.0.0.1:{port},2,{index}",
-    ]
-    started.append(
-      subprocess.Popen(
-        [sys.executable, "-m", "nr.main", *flags],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-    )
-  ended = [process.communicate(timeout=240) for process in started]
-  return [process.returncode for process in started], [stderr for _, stderr in ended]
+TOY = pathlib.Path(toy_distributed.__file__)
 
 
 def test_two_processes_train_as_one_and_one_writes(tmp_path):
   run = tmp_path / "run"
-  codes, errors = run_two(run)
+  codes, errors = run_two(TOY, run)
   assert codes == [0, 0], errors
   report = json.loads((run / "report.json").read_text())
   assert (report["processes"], report["devices"], report["made_by"]) == (2, 4, 0)

@@ -48,6 +48,7 @@ def stages(config: Any) -> list[Stage]:
       sections=("teacher", "window", "compute", "seed"),
       inputs=("tokenizer",),
       files=("teacher.checkpoint",),
+      every_process=not config.teacher.checkpoint,
     ),
     "sae": Stage(
       "sae",
@@ -55,6 +56,7 @@ def stages(config: Any) -> list[Stage]:
       sections=("sae", "window", "seed"),
       inputs=("tokenizer", "teacher"),
       files=("sae.checkpoint",),
+      every_process=not config.sae.checkpoint,
     ),
     "labels": Stage(
       "labels",
@@ -67,6 +69,7 @@ def stages(config: Any) -> list[Stage]:
       students.run,
       sections=("students", "window", "compute", "seed"),
       inputs=("tokenizer", *["teacher"] * is_run, *["sae"] * is_online, *["labels"] * has_labels),
+      every_process=True,
     ),
     "evaluate": Stage(
       "evaluate",

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from nr import names
 from nr.data.activation_cache import DTYPES, ActivationCache, ActivationHeader
@@ -24,7 +25,7 @@ from nr.recipes.cocomix import language_model, settings
 from nr.recipes.cocomix.method import sparse_autoencoder_method
 from nr.recipes.sections import training_config
 from nr.recipes.stages import Artifact, StageContext
-from nr.training import sharding
+from nr.training import integrity, sharding
 from nr.training.loop import train
 from nr.training.method import Method
 from nr.training.model_files import Model, load_model, save_model
@@ -63,6 +64,8 @@ def run(context: StageContext) -> Artifact:
   spec, params, artifact = make(context, teacher)
   directory = context.directory / "model"
   fingerprint = save_model(directory, spec, params, tokenizer)
+  if jax.process_index():
+    return artifact  # the first process alone measures and reports
   metrics, density = evaluate(context, teacher, load_model(directory, tokenizer))
   if metrics["crowded_fraction"]:
     logging.warning(
@@ -92,14 +95,14 @@ def trained(context: StageContext, teacher: Model) -> tuple[SparseAutoencoderSpe
   # training would compute.
   with sharding.context(sharding.make_mesh(training.mesh)):
     data = activation_batches(context, teacher, training.batch_size, training.seed)
-    sample_ND = data.sample(config.sae.sample_tokens)
+    sample_ND = sample_activations(data, config.sae.sample_tokens)
   method = make_method(spec, sample_ND)
   tokenizer = context.inputs["tokenizer"]["fingerprint"]
   metadata = {"tokenizer": tokenizer, "spec": spec.to_dict(), "teacher": teacher.fingerprint}
   result = train(training, method, data, (), context.directory, metadata=metadata)
   extra = result.state.extra
   used_spec, params = inference_form(spec, result.state.params, extra.get("threshold"))
-  dead = sae_metrics.dead_fraction(np.asarray(extra["tokens_since_fired"]), spec.dead_tokens)
+  dead = sae_metrics.dead_fraction(integrity.to_host(extra["tokens_since_fired"]), spec.dead_tokens)
   return used_spec, params, {
     "train_tokens": training.steps * training.batch_size,
     "tokens_per_second": result.summary.get("tokens_per_second"),
@@ -172,6 +175,16 @@ def activation_batches(
     process_count=jax.process_count(),
     cache=activation_cache(context, teacher, source, tap),
   )
+
+
+def sample_activations(data: ActivationBatches, count: int) -> np.ndarray:
+  """Returns activations [count, D] for initialisation, of several processes those of the first one's windows."""
+  sample_ND = data.sample(count)
+  if jax.process_count() == 1:
+    return sample_ND
+  # Shares of the windows may differ by one.
+  rows = int(multihost_utils.process_allgather(np.int32(len(sample_ND))).min())
+  return np.asarray(multihost_utils.broadcast_one_to_all(sample_ND[:rows]))
 
 
 def activation_cache(context: StageContext, teacher: Model, source: Any, tap: Any) -> ActivationCache | None:

@@ -105,9 +105,10 @@ def _check_fields(config: Any) -> None:
 
 def _check_label_kinds(config: Any) -> None:
   devices = config.labels.devices
-  if not 0 <= devices <= jax.device_count():
+  if not 0 <= devices <= jax.local_device_count():
     raise ValueError(
-      f"labels.devices={devices}: there are {jax.device_count()}; give 1 to {jax.device_count()}, or 0 for all"
+      f"labels.devices={devices}: this host has {jax.local_device_count()}; give 1 to {jax.local_device_count()}, "
+      "or 0 for all"
     )
   label_corpus.check_division(config.labels.batch_size, labels.labelling_mesh(config))
   known = [name for name in config.targets if name != "variants"]

@@ -102,8 +102,9 @@ def label_variant(
 
 
 def labelling_mesh(config: Any) -> jax.sharding.Mesh:
-  """Returns the devices that label."""
-  return sharding.make_mesh({"data": config.labels.devices or -1, "fsdp": 1, "tensor": 1, "sequence": 1})
+  """Returns the devices that label: of this process, which labels alone."""
+  mesh = {**sharding.DATA_PARALLEL, "data": config.labels.devices or -1}
+  return sharding.make_mesh(mesh, jax.local_devices())
 
 
 def flops_per_token(context: StageContext, job: Labelling, teacher: Model, autoencoder: Model) -> float:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from nr.data.concept_labels import LabelCache
 from nr.data.windows import WindowSource, ordered_batches, shuffled_batches
@@ -22,7 +22,7 @@ from nr.recipes.stages import Artifact, StageContext
 from nr.training import trees
 from nr.training.loop import train
 from nr.training.method import Evaluator, Method
-from nr.training.model_files import Model, graphdef_of, load_model, save_model
+from nr.training.model_files import build_model, graphdef_of, load_model, save_model
 
 VALIDATION_BATCHES = 4
 """Batches of the validation split that are measured while training; the final score uses all of it."""
@@ -101,10 +101,12 @@ def validation_evaluator(context: StageContext, spec: Any) -> Evaluator:
   source = window_source(context, "validation", tail="pad")
   batches = list(itertools.islice(ordered_batches(source, config.evaluate.batch_size), VALIDATION_BATCHES))
   token_losses = make_token_losses(graphdef_of(spec), settings.loss_chunk(config))
+  # Summed in the program: of several processes, none holds all losses.
+  sum_of = jax.jit(lambda params, batch: Weighted.of(token_losses(params, batch), batch["weights"]))
 
   def run(params: Any, frozen: Any, extra: Any) -> dict[str, float]:
     del frozen, extra
-    sums = [Weighted.of(token_losses(params, batch), jnp.asarray(batch["weights"])) for batch in batches]
+    sums = [sum_of(params, batch) for batch in batches]
     return {"loss": float(functools.reduce(add, sums).mean())}
 
   return Evaluator("validation", run)
@@ -126,13 +128,11 @@ def training_flops_per_token(method: Method, source: WindowSource, batch_size: i
   return count_flops(loss, params, method.frozen, extra, batch, key) / (batch_size * source.length)
 
 
-def forward_flops_per_token(model: Model, length: int) -> float:
-  """Counts the FLOPs of one forward pass with logits at every position, per token."""
+def forward_flops_per_token(spec: Any, length: int) -> float:
+  """Counts the FLOPs of one forward pass of a model with logits at every position, per token."""
+  graphdef, params = parameters.split(nnx.eval_shape(lambda: build_model(spec, jax.random.key(0))))
   tokens = jax.ShapeDtypeStruct((1, length), np.int32)
-  return (
-    count_flops(lambda params, tokens: parameters.merge(model.graphdef, params)(tokens), model.params, tokens)
-    / length
-  )
+  return count_flops(lambda params, tokens: parameters.merge(graphdef, params)(tokens), params, tokens) / length
 
 
 def make_token_losses(graphdef: Any, loss_chunk: int | None = None) -> Callable[[Any, Any], jax.Array]:

@@ -38,14 +38,13 @@ def run(context: StageContext) -> Artifact:
         arm_training(config, arm, seed),
         labels,
       )
-      model = load_model(context.path(artifact["model"]))
       runs[name] = {
         **artifact,
         "arm": arm,
         "labels": settings.label_kind(config, arm),
         "seed": seed,
         "activated_params": activated_parameters(spec),
-        "forward_flops_per_token": language_model.forward_flops_per_token(model, config.window.length),
+        "forward_flops_per_token": language_model.forward_flops_per_token(spec, config.window.length),
       }
   return {
     "runs": runs,

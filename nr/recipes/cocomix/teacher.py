@@ -8,6 +8,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax
+
 from nr.data.tokenizers import load_tokenizer
 from nr.generators.checkpoints import Checkpoint, open_checkpoint
 from nr.models.transformer import TransformerSpec
@@ -22,6 +24,8 @@ def run(context: StageContext) -> Artifact:
   """Trains the teacher by the common loop, or opens a given one, and scores it on the validation split."""
   config = context.config
   artifact = (opened if config.teacher.checkpoint else trained)(context)
+  if jax.process_index():
+    return artifact  # the first process alone measures and reports
   batch_size = config.evaluate.batch_size if config.teacher.checkpoint else config.teacher.train.batch_size
   scores = language_model.score_split(context, artifact, "validation", batch_size)
   artifact.update(val_loss=scores.loss(), val_ppl=scores.perplexity(), bits_per_byte=scores.bits_per_byte())

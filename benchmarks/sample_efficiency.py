@@ -155,9 +155,9 @@ def render(result: dict[str, Any]) -> str:
   return (
     f"# CoCoMix: sample efficiency at {tokens:,} tokens, {seeds} seeds\n\n"
     f"Losses of the whole validation split; negative differences favour the arm; means over {seeds} seeds with 95 % "
-    "intervals over seeds, paired. `negated` is CoCoMix with labels of the opposite sign. Equal FLOPs: against "
-    "baselines that trained for longer; what is made once for all arms (teacher, autoencoder, labels) is not "
-    f"counted.\n\n{table}\n"
+    "intervals over seeds, paired. `negated` is CoCoMix with labels of the opposite sign, at equal tokens "
+    f"{spread(result['negated_minus_cocomix'])} against CoCoMix. Equal FLOPs: against baselines that trained for "
+    f"longer; what is made once for all arms (teacher, autoencoder, labels) is not counted.\n\n{table}\n"
   )
 
 
@@ -186,7 +186,9 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", "nr.main", *flags], check=True, cwd=HERE.parent)
   result = read_runs(arguments.workdir)
   ran_in = json.loads((arguments.workdir / "report.json").read_text())["environment"]
-  result.update(compared=compare(result["arms"]), environment=ran_in, hardware=hardware())
+  sign = paired_difference(*(result["arms"][arm]["val_loss"] for arm in ("negated", "cocomix")))
+  result.update(compared=compare(result["arms"]), negated_minus_cocomix=sign._asdict())
+  result.update(environment=ran_in, hardware=hardware())
   draw(arguments.workdir / "plots" / "sample_efficiency.png", result["arms"])
   arguments.results.mkdir(parents=True, exist_ok=True)
   (arguments.results / "sample_efficiency.json").write_text(json.dumps(result, indent=1) + "\n")

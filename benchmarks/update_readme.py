@@ -48,17 +48,21 @@ def paper_table() -> str:
 
 
 def cocomix_row(paper: str) -> str:
-  report = json.loads((RESULTS / "cocomix_seeds.json").read_text())
-  difference = report["comparison"]["over_seeds"]
-  low, high = difference["low"], difference["high"]
-  seeds = len(report["comparison"]["seeds"])
+  study = json.loads((RESULTS / "sample_efficiency.json").read_text())
+  found, seeds = study["compared"]["cocomix"], len(study["seeds"])
+
+  def nats(kind: str) -> str:
+    difference = found[kind]
+    low, high = difference["low"], difference["high"]
+    return f"{difference['estimate']:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
+
   measured = (
-    f"validation loss, CoCoMix minus matched next-token baseline, {seeds} seeds at equal tokens: "
-    f"{difference['estimate']:+.4f} nats a token (95 % interval {low:+.4f} to {high:+.4f}), "
-    f"at {report['comparison']['flops_ratio']:.2f} times the FLOPs a token"
+    f"validation loss, CoCoMix minus next-token baseline of as many activated parameters, {seeds} seeds, nats a token: "
+    f"at equal tokens {nats('equal_tokens')}; at equal FLOPs {nats('equal_flops')}"
   )
-  command = "`python -m nr.main --config=configs/cocomix.py:seeds --workdir=runs/seeds`"
-  return f"| {paper} | {command} | {measured} | [cocomix_seeds.json](benchmarks/results/cocomix_seeds.json) |"
+  command = "`python benchmarks/sample_efficiency.py --workdir=runs/sample_efficiency`"
+  file = "[sample_efficiency.json](benchmarks/results/sample_efficiency.json)"
+  return f"| {paper} | {command} | {measured} | {file} |"
 
 
 def decoding_row(paper: str) -> str:
@@ -268,6 +272,10 @@ def speed_table() -> str:
   return embedded("train_step_cpu.md")
 
 
+def sample_efficiency_table() -> str:
+  return embedded("sample_efficiency.md")
+
+
 def cocomix_speed_table() -> str:
   return embedded("against_reference_cpu.md")
 
@@ -283,6 +291,7 @@ def decode_table() -> str:
 SECTIONS = {
   "papers": paper_table,
   "tiny": tiny_table,
+  "sample_efficiency": sample_efficiency_table,
   "preferences": preference_tables,
   "speed": speed_table,
   "cocomix_speed": cocomix_speed_table,

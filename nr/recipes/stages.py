@@ -144,7 +144,8 @@ def fingerprints(stages: Sequence[Stage], config: Any, workdir: pathlib.Path) ->
       record["files"] = files
     text = json.dumps(record, sort_keys=True)
     records[stage.name] = {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), **record}
-  hashes.save()
+  if Processes().is_first:
+    hashes.save()
   return records
 
 

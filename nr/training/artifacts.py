@@ -14,7 +14,7 @@ from nr.training.storage import CheckpointError
 PyTree = Any
 
 
-def save_tree(path: str | pathlib.Path, tree: PyTree, metadata: Mapping[str, Any] | None = None) -> None:
+def save_tree(path: str | pathlib.Path, tree: PyTree, metadata: Mapping[str, Any] | None = None) -> str:
   """Writes nested dictionaries of arrays, with layers stacked, a hash a leaf, and metadata.
 
   Args:
@@ -22,6 +22,9 @@ def save_tree(path: str | pathlib.Path, tree: PyTree, metadata: Mapping[str, Any
     tree: nested dictionaries of arrays, in either layout of the layers. Where they are spread over several
       processes, all of these call this, and the first one writes.
     metadata: JSON values that say what it is.
+
+  Returns:
+    What `tree_hash` returns for the tree.
 
   Raises:
     CheckpointError: the disk is full, or the tree holds other than dictionaries.
@@ -35,16 +38,17 @@ def save_tree(path: str | pathlib.Path, tree: PyTree, metadata: Mapping[str, Any
   for name, text in integrity.leaf_types(plain).items():
     if str(jax.dtypes.canonicalize_dtype(text.split("[")[0])) != text.split("[")[0]:
       raise CheckpointError(f"{path}: leaf {name!r} is {text}; convert it to a 32-bit type first")
-  storage.require_space(path.parent, plain, path.name)
+  if jax.process_count() > 1:  # gathered here, so that nobody waits for the one that writes
+    plain = jax.tree.map(integrity.to_host, plain)
   content = {
     "metadata": dict(metadata or {}),
     "types": integrity.leaf_types(plain),
     "hashes": integrity.leaf_hashes(plain),
   }
-  if jax.process_count() > 1:
-    plain = jax.tree.map(integrity.to_host, plain)
-    if jax.process_index():
-      return
+  fingerprint = integrity.text_hash(content["hashes"])
+  if jax.process_index():
+    return fingerprint
+  storage.require_space(path.parent, plain, path.name)
   try:
     with _open() as checkpointer:
       items = dict(tree=ocp.args.StandardSave(plain), meta=ocp.args.JsonSave(storage.seal(content)))
@@ -53,6 +57,7 @@ def save_tree(path: str | pathlib.Path, tree: PyTree, metadata: Mapping[str, Any
     if storage.is_disk_full(error):
       raise CheckpointError(storage.disk_full_text(path.parent, path.name)) from error
     raise
+  return fingerprint
 
 
 def load_tree(

@@ -296,8 +296,13 @@ class Checkpointer:
         shutil.rmtree(target, ignore_errors=True)
         (self.directory / str(step)).rename(target)
       logging.warning("step %d is newer than the restored one; moved to %s", step, target)
-    if steps:
-      self._manager.reload()
+    if not steps:
+      return
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      multihost_utils.sync_global_devices("checkpoints are set aside")  # before any process lists them again
+    self._manager.reload()
 
   @contextlib.contextmanager
   def _explained(self, step: int | None) -> Iterator[None]:

@@ -62,7 +62,9 @@ def check_finite(
   bad = [name for name, mean in means.items() if not math.isfinite(mean)]
   if not bad:
     return
-  path = workdir / "not_finite" / f"step_{step}.npz"
+  # Each of several processes keeps its own rows.
+  own = f".process{jax.process_index()}" if jax.process_count() > 1 else ""
+  path = workdir / "not_finite" / f"step_{step}{own}.npz"
   path.parent.mkdir(parents=True, exist_ok=True)
   plain = {name: np.asarray(value) for name, value in batch.items()}
   np.savez(path, **{name: value for name, value in plain.items() if value.dtype.kind != "O"})

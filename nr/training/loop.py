@@ -79,6 +79,7 @@ class _Run:
     sizes = sharding.mesh_sizes(config.mesh, jax.device_count())
     defaults.validate(config, sizes, jax.process_count())
     self.mesh = sharding.make_mesh(config.mesh)
+    sharding.check_processes(self.mesh)
     self.optimizer = make_optimizer(config, method)
     self.like = abstract_state(method, self.optimizer)
     self.placed = state_shardings(method, self.like, self.mesh)

@@ -119,8 +119,8 @@ def save_model(directory: pathlib.Path, spec: ModelSpec, params: Any, tokenizer:
     Hash of the parameters, hexadecimal, the same for both layouts.
   """
   kind = next(name for name, spec_class in KINDS.items() if isinstance(spec, spec_class))
-  artifacts.save_tree(directory, params, {"kind": kind, "spec": spec.to_dict(), "tokenizer": tokenizer})
-  return artifacts.tree_hash(params)
+  metadata = {"kind": kind, "spec": spec.to_dict(), "tokenizer": tokenizer}
+  return artifacts.save_tree(directory, params, metadata)
 
 
 def load_model(

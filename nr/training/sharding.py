@@ -101,6 +101,30 @@ def make_mesh(config: Any, devices: list[jax.Device] | None = None) -> Mesh:
   return Mesh(array, MESH_AXES, axis_types=axis_types)
 
 
+def check_processes(mesh: Mesh) -> None:
+  """Refuses a mesh over several processes that do not each hold their own share of a batch's rows.
+
+  Raises:
+    ValueError: processes without a device of the mesh, or that hold the same rows.
+  """
+  if jax.process_count() == 1:
+    return
+  if mesh.size != jax.device_count():
+    raise ValueError(
+      f"training.mesh: {dict(mesh.shape)} has {mesh.size} of the {jax.device_count()} devices; of several processes "
+      "all devices train, so give one axis -1"
+    )
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows: dict[int, set[int]] = {}
+  for device, (index, *_) in batch_sharding(mesh).devices_indices_map((ways,)).items():
+    rows.setdefault(device.process_index, set()).update(range(ways)[index])
+  if len(set().union(*rows.values())) != sum(map(len, rows.values())):
+    raise ValueError(
+      f"training.mesh: {dict(mesh.shape)} gives the same rows of a batch to several of the {jax.process_count()} "
+      "processes, which read different ones; keep tensor x sequence within the devices of a process"
+    )
+
+
 def partition_spec(names: tuple[str | None, ...], parameter: str = "") -> PartitionSpec:
   """Returns the PartitionSpec of a tuple of logical names.
 
@@ -185,7 +209,11 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.
   if mesh is None:
     return jax.device_put(numeric)
   placed = batch_sharding(mesh)
-  return {name: jax.make_array_from_process_local_data(placed, value) for name, value in numeric.items()}
+  parts = 1 if placed.is_fully_addressable else jax.process_count()
+  return {
+    name: jax.make_array_from_process_local_data(placed, value, (parts * len(value), *value.shape[1:]))
+    for name, value in numeric.items()
+  }
 
 
 def put_tree(tree: PyTree, placed: PyTree) -> PyTree:

@@ -1,5 +1,7 @@
 """The rule table: every logical name has a rule, every mistake names the parameter."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,3 +89,46 @@ def test_context_lets_models_constrain_by_logical_name():
   with sharding.context(mesh):
     placed = jax.jit(lambda x: constrain(x, "batch", "activation_mlp"))(jnp.ones((8, 4)))
   assert placed.addressable_shards[0].data.shape == (2, 2)
+
+
+class Device(NamedTuple):
+  id: int
+  process_index: int
+
+
+@pytest.mark.parametrize(
+  "axes, owners, words",
+  [
+    (dict(data=2, fsdp=2, tensor=2), (0, 0, 0, 0, 1, 1, 1, 1), None),
+    (dict(data=4, fsdp=1, tensor=2), (0, 0, 0, 0, 1, 1, 1, 1), None),
+    (
+      dict(data=1, tensor=8),
+      (0, 0, 0, 0, 1, 1, 1, 1),
+      "gives the same rows of a batch to several of the 2 processes",
+    ),
+    (
+      dict(data=2, tensor=4),
+      (0, 0, 1, 1, 0, 0, 1, 1),
+      "keep tensor x sequence within the devices of a process",
+    ),
+    (dict(data=4, tensor=1), (0, 0, 0, 0), "has 4 of the 8 devices"),
+  ],
+)
+def test_processes_that_would_share_rows_are_refused(monkeypatch, axes, owners, words):
+  """As if every two or four of the devices here belonged to another process."""
+  mesh = sharding.make_mesh({**dict.fromkeys(sharding.MESH_AXES, 1), **axes})
+  owner = dict(zip(mesh.devices.flat, owners, strict=True))
+  placed = sharding.batch_sharding(mesh)
+
+  class Placed:
+    def devices_indices_map(self, shape):
+      found = placed.devices_indices_map(shape)
+      return {Device(device.id, owner[device]): index for device, index in found.items()}
+
+  monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Placed())
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  if words is None:
+    sharding.check_processes(mesh)
+    return
+  with pytest.raises(ValueError, match=words):
+    sharding.check_processes(mesh)

@@ -95,7 +95,7 @@ def trained(context: StageContext, teacher: Model) -> tuple[SparseAutoencoderSpe
   # training would compute.
   with sharding.context(sharding.make_mesh(training.mesh)):
     data = activation_batches(context, teacher, training.batch_size, training.seed)
-    sample_ND = sample_activations(data, config.sae.sample_tokens)
+    sample_ND = data.sample(config.sae.sample_tokens)
   method = make_method(spec, sample_ND)
   tokenizer = context.inputs["tokenizer"]["fingerprint"]
   metadata = {"tokenizer": tokenizer, "spec": spec.to_dict(), "teacher": teacher.fingerprint}
@@ -177,16 +177,6 @@ def activation_batches(
   )
 
 
-def sample_activations(data: ActivationBatches, count: int) -> np.ndarray:
-  """Returns activations [count, D] for initialisation, of several processes those of the first one's windows."""
-  sample_ND = data.sample(count)
-  if jax.process_count() == 1:
-    return sample_ND
-  # Shares of the windows may differ by one.
-  rows = int(multihost_utils.process_allgather(np.int32(len(sample_ND))).min())
-  return np.asarray(multihost_utils.broadcast_one_to_all(sample_ND[:rows]))
-
-
 def activation_cache(context: StageContext, teacher: Model, source: Any, tap: Any) -> ActivationCache | None:
   """Opens, or writes, the cache that `sae.activation_cache` names; None where it names none."""
   config = context.config
@@ -220,7 +210,10 @@ def activation_cache(context: StageContext, teacher: Model, source: Any, tap: An
 def make_method(spec: SparseAutoencoderSpec, sample_ND: np.ndarray) -> Method:
   """Returns the method, with what is fixed once by a sample of raw activations."""
   scale = float(error_scale(normalise(sample_ND, spec.epsilon, spec.normalisation).values_TD))
-  return sparse_autoencoder_method(spec, initial_pre_bias(spec, sample_ND), scale)
+  pre_bias_D = initial_pre_bias(spec, sample_ND)
+  if jax.process_count() > 1:  # each has a sample of its own windows, and one program needs one start
+    scale, pre_bias_D = multihost_utils.broadcast_one_to_all((np.float32(scale), np.asarray(pre_bias_D)))
+  return sparse_autoencoder_method(spec, jnp.asarray(pre_bias_D), float(scale))
 
 
 def evaluate(context: StageContext, teacher: Model, autoencoder: Model) -> tuple[dict[str, Any], np.ndarray]:

@@ -155,8 +155,10 @@ def _check_training(name: str, section: Any, method: Method) -> None:
   try:
     sizes = sharding.mesh_sizes(section.mesh, jax.device_count())
     defaults.validate(section, sizes, jax.process_count())
+    mesh = sharding.make_mesh(section.mesh)
+    sharding.check_processes(mesh)
     optimizer = make_optimizer(section, method)
-    state_shardings(method, abstract_state(method, optimizer), sharding.make_mesh(section.mesh))
+    state_shardings(method, abstract_state(method, optimizer), mesh)
   except ValueError as error:
     raise ValueError(f"{name}.train: {error}") from error
 

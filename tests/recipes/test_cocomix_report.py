@@ -49,3 +49,20 @@ def test_the_commit_is_that_of_the_package_not_of_where_one_stands(monkeypatch, 
 def test_a_missing_speed_gives_no_ratio():
   assert report.ratio(6.0, 3.0) == 2.0
   assert report.ratio(None, 3.0) is None
+
+
+def test_documents_and_last_words_have_tables_where_they_were_measured():
+  documents = {
+    "document_loss": 3.0,
+    "document_ci95": [2.5, 3.5],
+    "document_ppl": 20.09,
+    "document_bits_per_byte": 1.25,
+    "scored_documents": 40,
+    "document_stride": 64,
+  }
+  words = {"last_word_accuracy": 0.25, "last_word_ci95": [0.2, 0.3], "last_word_ppl": 90.0, "last_word_passages": 200}
+  assert report_text.texts({"students": {"ntp": {}, "cocomix": {}}}) == []
+  by_document, by_word = report_text.texts({"students": {"ntp": documents | words, "cocomix": documents | words}})
+  assert "windows that score 64 tokens each" in by_document
+  assert by_document.splitlines()[-1] == "| CoCoMix | 40 | 3.0000 (2.5000 to 3.5000) | 20.09 | 1.2500 |"
+  assert by_word.splitlines()[-1] == "| CoCoMix | 200 | 25.0% (20.0% to 30.0%) | 90.00 |"

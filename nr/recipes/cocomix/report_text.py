@@ -20,6 +20,7 @@ def render(report: dict[str, Any]) -> str:
     students(report),
     "![perplexity](plots/perplexity.png)\n\n![losses](plots/language_models.png)"
     + "\n\n![concept loss](plots/concept_loss.png)" * has_concepts,
+    *texts(report),
     "## Corpus",
     corpus(report),
   ]
@@ -145,6 +146,45 @@ def students(report: dict[str, Any]) -> str:
     "what runs of the teacher in the train step. What a cache of labels costs, once, is in the table of labels."
   )
   return f"{table(header, rows)}\n\n{' '.join(notes)}"
+
+
+def texts(report: dict[str, Any]) -> list[str]:
+  """Returns the tables of documents scored by themselves and of last words; those that were asked for."""
+  students = report["students"]
+  sections = []
+  if any("document_loss" in entry for entry in students.values()):
+    rows = [
+      [
+        name_of(arm),
+        entry["scored_documents"],
+        _with_interval(entry["document_loss"], entry["document_ci95"], ".4f"),
+        f"{entry['document_ppl']:.2f}",
+        f"{entry['document_bits_per_byte']:.4f}",
+      ]
+      for arm, entry in students.items()
+    ]
+    stride = next(iter(students.values()))["document_stride"]
+    header = ["student", "documents", "loss, nats (95 % interval)", "perplexity", "bits/byte"]
+    sections.append(
+      f"Documents by themselves, windows that score {stride:,} tokens each:\n\n{table(header, rows)}"
+    )
+  if any("last_word_accuracy" in entry for entry in students.values()):
+    rows = [
+      [
+        name_of(arm),
+        entry["last_word_passages"],
+        _with_interval(entry["last_word_accuracy"], entry["last_word_ci95"], ".1%"),
+        f"{entry['last_word_ppl']:.2f}",
+      ]
+      for arm, entry in students.items()
+    ]
+    header = ["student", "passages", "last words guessed (95 % interval)", "perplexity of a word"]
+    sections.append(f"Last words of passages:\n\n{table(header, rows)}")
+  return sections
+
+
+def _with_interval(value: float, bounds: list[float], form: str) -> str:
+  return f"{value:{form}} ({bounds[0]:{form}} to {bounds[1]:{form}})"
 
 
 def corpus(report: dict[str, Any]) -> str:

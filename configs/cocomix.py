@@ -461,8 +461,8 @@ _PAPER_SIZES = {
 }  # fmt: skip
 """Published sizes, batches (windows of 1024 tokens), learning rates and lengths; insertions and widths of
 baselines as the released configs have them. Warm-up: the code's; the paper says 1/300 of the steps. Ours: the
-TPU slice, and microbatches for it (exact, see `make_train_step`; benchmarks/results/compile_paper.md has what they need), and
-`aligned_dim`, the width of a baseline whose heads have 64 numbers instead of 78, 67 or 131."""
+TPU slice, and microbatches for it (exact, see `make_train_step`; benchmarks/results/compile_paper.md has what they
+need), and `aligned_dim`, the width of a baseline whose heads have 64 numbers instead of 78, 67 or 131."""
 
 
 def _paper_model(size: dict) -> dict:

@@ -149,7 +149,7 @@ def table(report: dict) -> str:
     f"{report['date']}; compiled ahead of time without a TPU, {versions}. Nothing was run: no times, no losses.",
     "Per chip: weights, moments, batch and frozen models (arguments), and the most that the step needs besides "
     "(temporary). Collectives are instructions of the program; those in loops run more than once.",
-    f"Written by `{report['command']}`.",
+    f"Written by `{report['command']}`. {report.get('note', '')}".rstrip(),
     "",
     "| config | arm | slice | microbatches | parameters | arguments, GiB | temporary, GiB | of HBM | fits "
     "| TFLOP a step | gathers | reduces | reduce-scatters | permutes | all-to-alls |",

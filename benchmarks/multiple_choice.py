@@ -59,7 +59,7 @@ def oracle(checkpoint: pathlib.Path, batch_size: int):
 
 
 def scores_of(results: dict) -> dict:
-  """Returns accuracies and standard errors by task."""
+  """Returns accuracies by task, and how many questions it has."""
   kept = {}
   for task, found in results["results"].items():
     fields = {name.removesuffix(",none"): value for name, value in found.items() if name.endswith(",none")}
